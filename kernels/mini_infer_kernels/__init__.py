@@ -1,0 +1,1 @@
+"""Operations of the engine on any torch device: references in plain torch."""

@@ -1,0 +1,179 @@
+"""Settings of each process as frozen dataclasses, checked without disk, GPU or environment.
+
+Values come from flags, the environment and YAML through `settings.py`; what is derived from a
+checkpoint (data type, number of blocks) is computed elsewhere, so no config is ever mutated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mini_infer.errors import ConfigError
+
+DEFAULT_PORT = 50051
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+_PACKAGED_MODELS = Path(__file__).parent / "bundled_models"
+_REPOSITORY_MODELS = Path(__file__).parents[3] / "models"
+
+
+def bundled_model(name: str) -> Path:
+    """Folder of a model that ships with the project, in a wheel or in a checkout.
+
+    Args:
+        name: "demo" or "demo-draft".
+    """
+    packaged = _PACKAGED_MODELS / name
+    return packaged if packaged.is_dir() else _REPOSITORY_MODELS / name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """An engine: the model, how much it may hold, and what it runs on.
+
+    Attributes:
+        model: Model folder; empty means the demo model.
+        served_model_name: Name that clients may give; empty means the folder's name.
+        max_num_seqs: Sequences in a step at most.
+        block_size: Tokens in a block of the KV cache.
+        max_num_batched_tokens: Tokens computed in a step at most; a longer prompt takes several.
+        max_model_len: Tokens of prompt and output together; None means what the model was made
+            for (`max_position_embeddings`).
+        kv_cache_tokens: Tokens that the KV cache holds; None sizes it from free memory.
+        gpu_memory_utilization: Share of the GPU's memory that weights and KV cache may take.
+        max_queued_requests: Requests that wait at most; one more is refused with QUEUE_FULL.
+        device: "auto" takes CUDA where there is one.
+        dtype: Of weights and KV cache; "auto" means the checkpoint's on CUDA, float32 on a CPU.
+        num_threads: Threads of matrix products on a CPU; 0 leaves the choice to torch.
+    """
+
+    model: str = ""
+    served_model_name: str = ""
+    max_num_seqs: int = 64
+    block_size: int = 16
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    kv_cache_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_queued_requests: int = 4096
+    device: str = "auto"
+    dtype: str = "auto"
+    num_threads: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every value.
+
+        Raises:
+            ConfigError: With all values that are out of range.
+        """
+        problems = [
+            *_below("max_num_seqs", self.max_num_seqs, 1),
+            *_below("block_size", self.block_size, 1),
+            *_below("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs),
+            *_below("max_model_len", self.max_model_len, 2),
+            *_below("kv_cache_tokens", self.kv_cache_tokens, self.block_size),
+            *_below("max_queued_requests", self.max_queued_requests, 1),
+            *_below("num_threads", self.num_threads, 0),
+            *_not_in("device", self.device.split(":")[0], DEVICES),
+            *_not_in("dtype", self.dtype, DTYPES),
+        ]
+        if not 0 < self.gpu_memory_utilization <= 1:
+            given = self.gpu_memory_utilization
+            problems.append(f"gpu_memory_utilization must be above 0 and at most 1, got {given}")
+        _raise_if_any(problems)
+
+    @property
+    def model_folder(self) -> Path:
+        """The model folder, the demo model's where none is set."""
+        return Path(self.model).expanduser() if self.model else bundled_model("demo")
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients may give."""
+        return self.served_model_name or self.model_folder.resolve().name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer process.
+
+    Attributes:
+        model: Model folder; empty means the demo model.
+        num_threads: Threads that encode prompts beside the detokenizing loop.
+    """
+
+    model: str = ""
+    num_threads: int = 2
+
+    def __post_init__(self) -> None:
+        """Checks every value."""
+        _raise_if_any(_below("num_threads", self.num_threads, 1))
+
+    @property
+    def model_folder(self) -> Path:
+        """The model folder, the demo model's where none is set."""
+        return Path(self.model).expanduser() if self.model else bundled_model("demo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """A gateway.
+
+    Attributes:
+        host: Address to listen on; any but loopback needs `insecure`.
+        port: TCP port; 0 takes a free one.
+        insecure: Allow clients from other machines without TLS and tokens.
+        engine_addresses: ZeroMQ addresses of the engines.
+        tokenizer_addresses: ZeroMQ addresses of the tokenizer processes.
+        max_prompt_bytes: Text prompts above it are refused with PROMPT_TOO_LARGE.
+        max_message_bytes: Receive limit of gRPC.
+        max_concurrent_requests: Generate calls at a time; one more is refused with QUEUE_FULL.
+        drain_grace_s: How long running streams may go on after SIGTERM.
+        write_stall_s: A stream whose client reads nothing for so long ends as SLOW_CONSUMER.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    insecure: bool = False
+    engine_addresses: tuple[str, ...] = ()
+    tokenizer_addresses: tuple[str, ...] = ()
+    max_prompt_bytes: int = 4 * 2**20
+    max_message_bytes: int = 16 * 2**20
+    max_concurrent_requests: int = 4096
+    drain_grace_s: float = 30.0
+    write_stall_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Checks every value."""
+        problems = [
+            *_below("max_prompt_bytes", self.max_prompt_bytes, 1),
+            *_below("max_message_bytes", self.max_message_bytes, self.max_prompt_bytes),
+            *_below("max_concurrent_requests", self.max_concurrent_requests, 1),
+            *_below("drain_grace_s", self.drain_grace_s, 0),
+            *_below("write_stall_s", self.write_stall_s, 0.1),
+        ]
+        if not 0 <= self.port <= 65535:
+            problems.append(f"port must be 0 to 65535, got {self.port}")
+        if not self.insecure and self.host not in ("127.0.0.1", "::1", "localhost"):
+            problems.append(
+                f"host {self.host} is reachable from other machines and this server has no TLS "
+                "yet: pass --insecure if the network is trusted"
+            )
+        _raise_if_any(problems)
+
+
+def _below(name: str, value: float | None, least: float) -> list[str]:
+    if value is None or value >= least:
+        return []
+    return [f"{name} must be at least {least}, got {value}"]
+
+
+def _not_in(name: str, value: str, allowed: tuple[str, ...]) -> list[str]:
+    return [] if value in allowed else [f"{name} must be one of {', '.join(allowed)}, got {value}"]
+
+
+def _raise_if_any(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("; ".join(problems))

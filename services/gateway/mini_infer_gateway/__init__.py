@@ -1,0 +1,1 @@
+"""The gateway process: speaks gRPC with clients and owns every request."""
