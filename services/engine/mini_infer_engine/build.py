@@ -1,0 +1,157 @@
+"""Puts an engine together: folder to config, model, cache, runner and scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from mini_infer.config import EngineConfig
+from mini_infer.errors import ConfigError
+from mini_infer.sampling_params import ResolvedSampling
+from mini_infer_kernels.kernel_set import REFERENCE
+
+from mini_infer_engine.block_pool import BlockPool
+from mini_infer_engine.input_buffers import InputBuffers
+from mini_infer_engine.kv_cache import CPU_CACHE_BYTES, KVCache, KVCacheSpec, blocks_that_fit
+from mini_infer_engine.loader import Progress, load_weights
+from mini_infer_engine.model_config import read_model_config
+from mini_infer_engine.model_runner import ModelRunner
+from mini_infer_engine.models.llama import LlamaForCausalLM
+from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
+from mini_infer_engine.sequence import Sequence, StreamKey
+from mini_infer_engine.served_model import ServedModel, read_served_model
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The parts of an engine, the same for the service and in-process.
+
+    Attributes:
+        served: The model as clients know it.
+        pool: The blocks, which the scheduler alone changes.
+        scheduler: The queues.
+        runner: The model and its cache.
+    """
+
+    served: ServedModel
+    pool: BlockPool
+    scheduler: Scheduler
+    runner: ModelRunner
+
+
+def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> Engine:
+    """Loads the model and sizes everything for it.
+
+    Args:
+        config: What to build.
+        on_progress: Called with bytes loaded and bytes in all.
+
+    Raises:
+        ConfigError: Where the model folder or the device cannot do what was asked.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    device = _choose_device(config.device)
+    dtype_name = _choose_dtype(config, device)
+    served = read_served_model(config, dtype_name)
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    model = LlamaForCausalLM(served.config, REFERENCE, dtype, device)
+    load_weights(model, config.model_folder, on_progress)
+    buffers = InputBuffers(
+        served.config,
+        max_model_len=served.max_model_len,
+        block_size=config.block_size,
+        dtype=dtype,
+        device=device,
+    )
+    spec = KVCacheSpec(
+        num_layers=served.config.num_layers,
+        num_kv_heads=served.config.num_kv_heads,
+        head_dim=served.config.head_dim,
+        block_size=config.block_size,
+        dtype=dtype,
+        device=device,
+    )
+    num_blocks = _choose_num_blocks(config, served, spec, model, buffers)
+    pool = BlockPool(num_blocks, config.block_size)
+    runner = ModelRunner(model, KVCache(spec, num_blocks), buffers)
+    return Engine(served, pool, Scheduler(pool, _limits(config)), runner)
+
+
+def _limits(config: EngineConfig) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_queued_requests=config.max_queued_requests,
+    )
+
+
+def _choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("device cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def _choose_dtype(config: EngineConfig, device: torch.device) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    # A CPU multiplies float32 faster than the half-width types it would convert to and from.
+    if device.type == "cpu":
+        return "float32"
+    return read_model_config(config.model_folder).checkpoint_dtype
+
+
+def _choose_num_blocks(
+    config: EngineConfig,
+    served: ServedModel,
+    spec: KVCacheSpec,
+    model: LlamaForCausalLM,
+    buffers: InputBuffers,
+) -> int:
+    if spec.device.type == "cuda" and config.kv_cache_tokens is None:
+        free_bytes = _free_cuda_bytes(config, served, spec, model, buffers)
+    else:
+        free_bytes = CPU_CACHE_BYTES
+    num_blocks = blocks_that_fit(
+        spec,
+        max_useful_tokens=config.max_num_seqs * served.max_model_len,
+        free_bytes=free_bytes,
+        kv_cache_tokens=config.kv_cache_tokens,
+    )
+    if num_blocks < 1:
+        raise ConfigError(
+            f"no block of the KV cache ({spec.bytes_per_block} bytes) fits into the "
+            f"{max(0, free_bytes)} bytes left: raise gpu_memory_utilization, or lower "
+            "max_num_batched_tokens or max_num_seqs"
+        )
+    return num_blocks
+
+
+def _free_cuda_bytes(
+    config: EngineConfig,
+    served: ServedModel,
+    spec: KVCacheSpec,
+    model: LlamaForCausalLM,
+    buffers: InputBuffers,
+) -> int:
+    """Memory left for the cache, after running the largest batch to see what it takes."""
+    tokens_each = max(1, config.max_num_batched_tokens // config.max_num_seqs)
+    num_blocks = config.max_num_seqs * -(-tokens_each // spec.block_size)
+    pool = BlockPool(num_blocks, spec.block_size)
+    scheduler = Scheduler(pool, _limits(config))
+    sampling = ResolvedSampling(temperature=1.0, top_k=0, top_p=0.9, seed=0, max_tokens=1)
+    for stream in range(config.max_num_seqs):
+        prompt = [0] * max(1, min(tokens_each, served.max_model_len - 1) - 1)
+        scheduler.add(Sequence(StreamKey(b"", stream), prompt, sampling, eos_token_ids=()))
+    runner = ModelRunner(model, KVCache(spec, num_blocks), buffers)
+    torch.cuda.synchronize(spec.device)
+    before = torch.cuda.memory_allocated(spec.device)
+    torch.cuda.reset_peak_memory_stats(spec.device)
+    runner.run(scheduler.schedule(0.0))
+    activations = torch.cuda.max_memory_allocated(spec.device) - before
+    del runner
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(spec.device)
+    return int(total * config.gpu_memory_utilization) - (total - free) - activations

@@ -1,0 +1,140 @@
+"""The engine's loop: drain the inbox, schedule, run, publish. One thread, no sockets."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+from mini_infer.errors import MiniInferError
+from mini_infer.messages import ENGINE_BEAT_INTERVAL_S, NO_BUDGET, EngineBeat
+
+from mini_infer_engine.batch import ScheduledBatch
+from mini_infer_engine.block_pool import BlockPool
+from mini_infer_engine.inbox import AbortStreams, AddStream, Command, Inbox, KeepOnly
+from mini_infer_engine.model_runner import Runner
+from mini_infer_engine.outbox import Outbox
+from mini_infer_engine.scheduler import Scheduler
+from mini_infer_engine.sequence import StreamKey
+from mini_infer_engine.served_model import ServedModel
+
+log = structlog.get_logger("engine.loop")
+
+
+class StepTimer:
+    """Expects a step to take per token what steps have taken lately."""
+
+    def __init__(self) -> None:
+        """Starts without experience."""
+        self._seconds_per_token = 0.0
+
+    def expected_ms(self, num_tokens: int) -> float:
+        """Milliseconds that a step of so many tokens is expected to take."""
+        return self._seconds_per_token * num_tokens * 1e3
+
+    def note(self, num_tokens: int, seconds: float) -> None:
+        """A step took so long; the slowest of late counts most."""
+        if num_tokens:
+            latest = seconds / num_tokens
+            self._seconds_per_token = max(latest, 0.9 * self._seconds_per_token)
+
+
+class EngineLoop:
+    """Turns until it is stopped; every accepted stream gets exactly one end."""
+
+    def __init__(
+        self,
+        served: ServedModel,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        runner: Runner,
+        inbox: Inbox,
+        outbox: Outbox,
+        *,
+        epoch: int,
+    ) -> None:
+        """Takes over an idle scheduler and its runner."""
+        self._served = served
+        self._pool = pool
+        self._scheduler = scheduler
+        self._runner = runner
+        self._inbox = inbox
+        self._outbox = outbox
+        self._epoch = epoch
+        self._timer = StepTimer()
+        self._last_beat = 0.0
+        self._stopping = False
+        self.num_unknown_streams = 0
+
+    def run(self) -> None:
+        """Turns until `stop`."""
+        while not self._stopping:
+            wait_s = ENGINE_BEAT_INTERVAL_S if self._scheduler.is_idle else 0.0
+            for command in self._inbox.drain(wait_s):
+                self._apply(command)
+            batch = self._scheduler.schedule(time.monotonic())
+            self._beat(batch)
+            started = time.monotonic()
+            tokens = self._runner.run(batch)
+            finished = time.monotonic()
+            self._timer.note(batch.num_tokens, finished - started)
+            updates = self._scheduler.finish_step(batch, tokens, finished)
+            self._outbox.publish(batch.step, updates)
+
+    def stop(self) -> None:
+        """Ends `run` after the step under way; also from a signal handler."""
+        self._stopping = True
+        self._inbox.wake()
+
+    def _apply(self, command: Command) -> None:
+        match command:
+            case AddStream():
+                self._add(command)
+            case AbortStreams(owner=owner, streams=streams, answer=answer):
+                for stream in streams:
+                    known = self._scheduler.abort(StreamKey(owner, stream), report=answer)
+                    self.num_unknown_streams += not known
+            case KeepOnly(owner=owner, streams=streams):
+                for key in self._scheduler.keys_of(owner):
+                    if key.stream not in streams:
+                        self._scheduler.abort(key)
+
+    def _add(self, command: AddStream) -> None:
+        submit = command.submit
+        key = StreamKey(command.owner, submit.stream)
+        budget_ms = submit.budget_ms
+        try:
+            sequence = self._served.sequence(
+                key,
+                submit.prompt_ids,
+                submit.sampling,
+                output_ids=submit.output_ids,
+                deadline=None if budget_ms == NO_BUDGET else command.received + budget_ms / 1e3,
+            )
+            self._scheduler.add(sequence)
+        except MiniInferError as error:
+            self._outbox.refuse(key, error)
+        else:
+            self._outbox.accept(key)
+
+    def _beat(self, batch: ScheduledBatch) -> None:
+        """Tells the gateways that the loop turns, and how long they must wait for the next sign.
+
+        A step's output is a sign of life as well, so beats are rare unless the step is long.
+        """
+        now = time.monotonic()
+        expected_ms = self._timer.expected_ms(batch.num_tokens)
+        due = now - self._last_beat >= ENGINE_BEAT_INTERVAL_S
+        if not due and expected_ms < ENGINE_BEAT_INTERVAL_S * 1e3:
+            return
+        self._last_beat = now
+        self._outbox.announce(
+            EngineBeat(
+                epoch=self._epoch,
+                num_steps=self._scheduler.num_steps,
+                expected_step_ms=expected_ms,
+                num_running=self._scheduler.num_running,
+                num_waiting=self._scheduler.num_waiting,
+                num_used_blocks=self._pool.num_used,
+                num_preemptions=self._scheduler.num_preemptions,
+            )
+        )

@@ -1,0 +1,146 @@
+"""What an engine tells the world about its model, and the checks that follow from it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from mini_infer.config import EngineConfig
+from mini_infer.errors import ConfigError, ErrorReason, MiniInferError
+from mini_infer.messages import PROTOCOL_VERSION, EngineWelcome
+from mini_infer.model_folder import tokenizer_hash
+from mini_infer.sampling_params import (
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    GenerationDefaults,
+    ResolvedSampling,
+)
+
+from mini_infer_engine.model_config import (
+    ModelConfig,
+    model_fingerprint,
+    read_generation_defaults,
+    read_model_config,
+)
+from mini_infer_engine.sequence import Sequence, StreamKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The model as clients know it.
+
+    Attributes:
+        name: What clients may give.
+        config: What config.json says.
+        defaults: What absent sampling fields mean.
+        max_model_len: Tokens of prompt and output together.
+        dtype: Of the weights as they run, such as "float32".
+        fingerprint: Engines with equal ones serve the same model.
+        tokenizer_hash: SHA-256 of tokenizer.json.
+    """
+
+    name: str
+    config: ModelConfig
+    defaults: GenerationDefaults
+    max_model_len: int
+    dtype: str
+    fingerprint: str
+    tokenizer_hash: str
+
+    def sequence(
+        self,
+        key: StreamKey,
+        prompt_ids: Seq[int],
+        sampling: ResolvedSampling,
+        *,
+        output_ids: Seq[int] = (),
+        deadline: float | None = None,
+    ) -> Sequence:
+        """Makes a sequence of a request, checked once more: the sender may be wrong.
+
+        Raises:
+            MiniInferError: INVALID_FIELD or CONTEXT_LENGTH_EXCEEDED.
+        """
+        problem = self._problem(prompt_ids, output_ids, sampling)
+        if problem:
+            raise MiniInferError(ErrorReason.INVALID_FIELD, problem)
+        if len(prompt_ids) + sampling.max_tokens > self.max_model_len:
+            raise MiniInferError(
+                ErrorReason.CONTEXT_LENGTH_EXCEEDED,
+                f"the context holds {self.max_model_len} tokens, got {len(prompt_ids)} prompt "
+                f"tokens and {sampling.max_tokens} max_tokens",
+            )
+        return Sequence(
+            key,
+            prompt_ids,
+            sampling,
+            eos_token_ids=self.config.eos_token_ids,
+            output_ids=output_ids,
+            deadline=deadline,
+        )
+
+    def _problem(
+        self, prompt_ids: Seq[int], output_ids: Seq[int], sampling: ResolvedSampling
+    ) -> str | None:
+        ids = [*prompt_ids, *output_ids, *sampling.stop_token_ids]
+        if not prompt_ids:
+            return "expected at least one prompt token, got none"
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            return f"expected token ids from 0 to {self.config.vocab_size - 1}"
+        if not 0 <= sampling.temperature <= MAX_TEMPERATURE or not 0 < sampling.top_p <= 1:
+            return "expected a temperature from 0 to 100 and a top_p above 0 and at most 1"
+        if sampling.top_k < 0 or not 0 <= sampling.seed <= MAX_SEED or sampling.min_tokens < 0:
+            return "expected a top_k, a 64-bit seed and min_tokens that are not negative"
+        if len(output_ids) >= sampling.max_tokens:
+            return f"expected fewer resumed tokens than max_tokens, got {len(output_ids)}"
+        return None
+
+    def welcome(
+        self, *, engine_id: str, epoch: int, num_blocks: int, block_size: int
+    ) -> EngineWelcome:
+        """The answer to a gateway's Hello."""
+        return EngineWelcome(
+            protocol_version=PROTOCOL_VERSION,
+            engine_id=engine_id,
+            epoch=epoch,
+            model=self.name,
+            architecture=self.config.architecture,
+            dtype=self.dtype,
+            fingerprint=self.fingerprint,
+            tokenizer_hash=self.tokenizer_hash,
+            vocab_size=self.config.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=list(self.config.eos_token_ids),
+            defaults=self.defaults,
+            num_blocks=num_blocks,
+            block_size=block_size,
+        )
+
+
+def read_served_model(config: EngineConfig, dtype: str) -> ServedModel:
+    """Reads everything but the weights.
+
+    Args:
+        config: Names the model folder and the limits.
+        dtype: What the weights will run as.
+
+    Raises:
+        ConfigError: Where the folder is not usable or `max_model_len` is beyond the model.
+    """
+    folder = config.model_folder
+    model_config = read_model_config(folder)
+    longest = model_config.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len must be at most {longest}, for which {config.model_name} was made, "
+            f"got {config.max_model_len}"
+        )
+    return ServedModel(
+        name=config.model_name,
+        config=model_config,
+        defaults=read_generation_defaults(folder),
+        max_model_len=config.max_model_len or longest,
+        dtype=dtype,
+        fingerprint=model_fingerprint(folder),
+        tokenizer_hash=tokenizer_hash(folder),
+    )

@@ -1,0 +1,78 @@
+"""The engine process: builds the engine, then runs its loop until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import structlog
+from mini_infer.config import EngineConfig
+
+from mini_infer_engine.block_pool import BlockPool
+from mini_infer_engine.gateway_sessions import GatewaySessions
+from mini_infer_engine.inbox import Inbox
+from mini_infer_engine.loop import EngineLoop
+from mini_infer_engine.model_runner import Runner
+from mini_infer_engine.outbox import Outbox
+from mini_infer_engine.scheduler import Scheduler
+from mini_infer_engine.served_model import ServedModel
+
+log = structlog.get_logger("engine")
+
+
+def run(config: EngineConfig, address: str, on_ready: Callable[[], None] | None = None) -> None:
+    """Serves gateways until SIGTERM or SIGINT.
+
+    Args:
+        config: The engine to build.
+        address: Where to listen for gateways, `ipc://`.
+        on_ready: Called once gateways are answered.
+
+    Raises:
+        ConfigError: Where model, device or address cannot be used.
+    """
+    from mini_infer_engine.build import build_engine  # torch, not needed by the scripted engine
+
+    engine = build_engine(config)
+    serve(engine.served, engine.pool, engine.scheduler, engine.runner, address, on_ready)
+
+
+def serve(
+    served: ServedModel,
+    pool: BlockPool,
+    scheduler: Scheduler,
+    runner: Runner,
+    address: str,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Runs the loop over given parts until SIGTERM or SIGINT.
+
+    Args:
+        served: The model as clients know it.
+        pool: The blocks.
+        scheduler: The queues, idle.
+        runner: Whatever makes tokens.
+        address: Where to listen for gateways, `ipc://`.
+        on_ready: Called once gateways are answered.
+    """
+    epoch = time.time_ns()
+    welcome = served.welcome(
+        engine_id=f"engine-{os.getpid()}",
+        epoch=epoch,
+        num_blocks=pool.num_blocks,
+        block_size=pool.block_size,
+    )
+    inbox, outbox = Inbox(), Outbox()
+    sessions = GatewaySessions(address, welcome, inbox, outbox)
+    loop = EngineLoop(served, pool, scheduler, runner, inbox, outbox, epoch=epoch)
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda *_: loop.stop())
+    sessions.start()
+    log.info("ready", model=served.name, address=address, kv_blocks=pool.num_blocks)
+    if on_ready:
+        on_ready()
+    loop.run()
+    sessions.stop()
+    outbox.close()
