@@ -1,0 +1,289 @@
+"""Files of a model folder, read as untrusted input: JSON objects and safetensors headers.
+
+A folder comes from anywhere, so every size is bounded before anything is read, parsed or mapped,
+and whatever is wrong ends as `ModelFolderError` with the file's name. `model_config.py` reads
+settings through this module, `loader.py` reads weights. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import msgspec
+from mini_infer.errors import ModelFolderError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+MAX_JSON_BYTES = 4 * 2**20
+MAX_INDEX_BYTES = 32 * 2**20
+"""Indexes name every tensor; those of the largest public models take about 10 MB."""
+MAX_HEADER_BYTES = 32 * 2**20
+"""Below the 100 MB that the format allows: parsed headers take several times their size."""
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+"""Bytes of an element by its name in safetensors."""
+
+_LENGTH = struct.Struct("<Q")
+_Size = Annotated[int, msgspec.Meta(ge=0)]
+_Shape = Annotated[tuple[_Size, ...], msgspec.Meta(max_length=8)]
+"""Few dimensions, so that the product of hostile ones stays small."""
+
+
+class StoredTensor(msgspec.Struct, frozen=True):
+    """One tensor of a safetensors header.
+
+    Attributes:
+        dtype: Name of the element type in safetensors, such as "BF16".
+        shape: Sizes of its dimensions.
+        data_offsets: First byte and byte after the last, counted from the end of the header.
+    """
+
+    dtype: str
+    shape: _Shape
+    data_offsets: tuple[_Size, _Size]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it takes in its file."""
+        return self.data_offsets[1] - self.data_offsets[0]
+
+
+_HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_STORED_TENSOR = msgspec.json.Decoder(StoredTensor)
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
+    """Reads a JSON file that must hold one object.
+
+    Args:
+        path: The file.
+        max_bytes: A larger file is refused unread.
+
+    Raises:
+        ModelFolderError: The file is missing, unreadable, too large, not UTF-8, not JSON, or
+            holds something else than an object.
+    """
+    try:
+        value = json.loads(read_bytes(path, max_bytes).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ModelFolderError(f"{path} is not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelFolderError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelFolderError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """Reads a whole small file.
+
+    Args:
+        path: The file.
+        max_bytes: A larger file is refused unread.
+
+    Raises:
+        ModelFolderError: The file is missing, unreadable, too large, or not a regular file.
+    """
+    with _opened(path) as (file, size):
+        if size > max_bytes:
+            raise ModelFolderError(f"{path} has {size} bytes, expected at most {max_bytes}")
+        return file.read(max_bytes)
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """Finds the safetensors files that hold a model's weights.
+
+    Args:
+        folder: A model folder with `model.safetensors`, or with shards and their index.
+
+    Raises:
+        ModelFolderError: There are none, only pickled ones, or the index names files that are
+            missing or outside the folder.
+    """
+    if not folder.is_dir():
+        raise ModelFolderError(f"model folder {folder} does not exist or is not a folder")
+    if (folder / SINGLE_FILE).exists():
+        return (folder / SINGLE_FILE,)
+    if (folder / INDEX_FILE).exists():
+        return tuple(folder / name for name in sorted(set(read_index(folder).values())))
+    pickled = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        raise ModelFolderError(
+            f"model folder {folder} has only pickled weights ({', '.join(pickled)}), which can run "
+            "code when they are loaded: convert them to safetensors"
+        )
+    raise ModelFolderError(
+        f"model folder {folder} has no weights: expected {SINGLE_FILE}, or {INDEX_FILE} with the "
+        "files that it names"
+    )
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Reads which shard holds which tensor.
+
+    Args:
+        folder: A model folder with `model.safetensors.index.json`.
+
+    Returns:
+        Name of the shard's file by name of the tensor.
+
+    Raises:
+        ModelFolderError: The index is damaged, or names files that are missing or outside.
+    """
+    path = folder / INDEX_FILE
+    weight_map = read_json_object(path, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFolderError(f"{path}: weight_map must be an object of tensor and file names")
+    present = {each.name for each in folder.iterdir()}
+    for name in weight_map.values():
+        _check_shard_name(path, name, present)
+    return weight_map
+
+
+def read_headers(folder: Path) -> dict[Path, dict[str, StoredTensor]]:
+    """Reads the headers of a folder's weight files and checks them against the index.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        For each file its tensors by name (see `read_header`).
+
+    Raises:
+        ModelFolderError: A file is missing or damaged, or lacks a tensor that the index puts
+            there.
+    """
+    headers = {path: read_header(path) for path in weight_files(folder)}
+    if folder / SINGLE_FILE not in headers:
+        for name, shard in read_index(folder).items():
+            if name not in headers[folder / shard]:
+                raise ModelFolderError(
+                    f"{folder / INDEX_FILE} puts {name!r} into {shard}, which lacks it: use the "
+                    "index that belongs to the shards"
+                )
+    return headers
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Reads a safetensors header and checks it against the file, before anything is mapped.
+
+    The format's own rules hold afterwards: each tensor's shape and type fill its range of bytes,
+    and the ranges follow each other from the header's end to the file's end.
+
+    Args:
+        path: A `.safetensors` file.
+
+    Returns:
+        The tensors by name, in the order of their bytes.
+
+    Raises:
+        ModelFolderError: The file is missing, unreadable, truncated or damaged.
+    """
+    header, size = read_header_bytes(path)
+    try:
+        entries = _HEADER.decode(header)
+        entries.pop("__metadata__", None)
+        tensors = {name: _STORED_TENSOR.decode(raw) for name, raw in entries.items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _damaged(path, f"its header is not valid: {error}") from error
+    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].data_offsets))
+    _check_ranges(path, ordered, size - _LENGTH.size - len(header))
+    return ordered
+
+
+def read_header_bytes(path: Path) -> tuple[bytes, int]:
+    """Reads the header of a safetensors file as it stands there.
+
+    Args:
+        path: A `.safetensors` file.
+
+    Returns:
+        The header's JSON, and the size of the file in bytes.
+
+    Raises:
+        ModelFolderError: The file is missing, unreadable, or too short for its header.
+    """
+    with _opened(path) as (file, size):
+        prefix = file.read(_LENGTH.size)
+        if len(prefix) < _LENGTH.size:
+            raise _damaged(path, f"it has only {size} bytes")
+        (length,) = _LENGTH.unpack(prefix)
+        if length > min(MAX_HEADER_BYTES, size - _LENGTH.size):
+            raise _damaged(path, f"it has {size} bytes and says that its header takes {length}")
+        header = file.read(length)
+    if len(header) < length:
+        raise _damaged(path, "it became shorter while it was read")
+    return header, size
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Opens a regular file; gives it with its size in bytes."""
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ModelFolderError(f"{path} must be a file")
+            yield file, status.st_size
+    except FileNotFoundError as error:
+        raise ModelFolderError(f"{path} does not exist") from error
+    except OSError as error:
+        raise ModelFolderError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # A named pipe in the place of a file would otherwise block here for ever.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_shard_name(index: Path, name: object, present: set[str]) -> None:
+    """A shard is a file beside its index; a link there may point elsewhere, as hub caches do."""
+    if not isinstance(name, str) or not name.endswith(".safetensors"):
+        raise ModelFolderError(f"{index}: expected names of .safetensors files, got {name!r}")
+    if "/" in name or "\\" in name:
+        raise ModelFolderError(f"{index}: {name!r} points outside the model folder")
+    if name not in present:
+        raise ModelFolderError(f"{index} names {name!r}, which is missing: download it again")
+
+
+def _check_ranges(path: Path, tensors: dict[str, StoredTensor], num_data_bytes: int) -> None:
+    """Checks that the tensors, in the order of their bytes, fill the file."""
+    end_of_last = 0
+    for name, tensor in tensors.items():
+        begin, end = tensor.data_offsets
+        if tensor.dtype not in DTYPE_BYTES:
+            raise _damaged(path, f"tensor {name!r} has the unknown type {tensor.dtype!r}")
+        expected = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        if end - begin != expected:
+            shape = list(tensor.shape)
+            raise _damaged(
+                path,
+                f"tensor {name!r} of shape {shape} and type {tensor.dtype} needs {expected} "
+                f"bytes, its range has {end - begin}",
+            )
+        if begin != end_of_last:
+            raise _damaged(path, f"the bytes of tensor {name!r} overlap or leave a hole")
+        end_of_last = end
+    if end_of_last != num_data_bytes:
+        raise _damaged(
+            path, f"its tensors need {end_of_last} bytes, the file holds {num_data_bytes}"
+        )
+
+
+def _damaged(path: Path, why: str) -> ModelFolderError:
+    return ModelFolderError(f"{path} is truncated or damaged, {why}: download or write it again")
