@@ -39,14 +39,16 @@ class EngineConfig:
         max_num_seqs: Sequences in a step at most.
         block_size: Tokens in a block of the KV cache.
         max_num_batched_tokens: Tokens computed in a step at most; a longer prompt takes several.
-        max_model_len: Tokens of prompt and output together; None means what the model was made
+        max_model_len: Tokens of prompt and output together; unset means what the model was made
             for (`max_position_embeddings`).
-        kv_cache_tokens: Tokens that the KV cache holds; None sizes it from free memory.
+        kv_cache_tokens: Tokens that the KV cache holds; unset sizes it from free memory.
         gpu_memory_utilization: Share of the GPU's memory that weights and KV cache may take.
         max_queued_requests: Requests that wait at most; one more is refused with QUEUE_FULL.
         device: "auto" takes CUDA where there is one.
         dtype: Of weights and KV cache; "auto" means the checkpoint's on CUDA, float32 on a CPU.
-        num_threads: Threads of matrix products on a CPU; 0 leaves the choice to torch.
+        num_threads: Threads of matrix products on a CPU, for the whole process. 0 takes one for
+            small models, which lose more by waiting for each other than they win, and leaves
+            the choice to torch for others.
     """
 
     model: str = ""

@@ -21,6 +21,10 @@ from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
 from mini_infer_engine.sequence import Sequence, StreamKey
 from mini_infer_engine.served_model import ServedModel, read_served_model
 
+SMALL_MODEL_BYTES = 2**27
+"""Of weights. A layer's products take microseconds then, and a thread that was put aside for
+another process makes each of them wait for milliseconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -49,14 +53,14 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
     Raises:
         ConfigError: Where the model folder or the device cannot do what was asked.
     """
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
     device = _choose_device(config.device)
     dtype_name = _choose_dtype(config, device)
     served = read_served_model(config, dtype_name)
     dtype: torch.dtype = getattr(torch, dtype_name)
     model = LlamaForCausalLM(served.config, REFERENCE, dtype, device)
-    load_weights(model, config.model_folder, on_progress)
+    report = load_weights(model, config.model_folder, on_progress)
+    if config.num_threads or report.num_bytes < SMALL_MODEL_BYTES:
+        torch.set_num_threads(config.num_threads or 1)
     buffers = InputBuffers(
         served.config,
         max_model_len=served.max_model_len,

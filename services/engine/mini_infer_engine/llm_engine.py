@@ -1,0 +1,270 @@
+"""The engine in the caller's process: the service's parts without its sockets.
+
+from mini_infer import EngineConfig, LLMEngine
+
+with LLMEngine(EngineConfig(max_num_seqs=64, block_size=16)) as engine:
+for output in engine.generate(["Once upon a time", "The fox"], max_tokens=100):
+print(output.text)
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+from mini_infer.config import EngineConfig
+from mini_infer.errors import (
+    ErrorReason,
+    FieldViolation,
+    InvalidRequestError,
+    MiniInferError,
+)
+from mini_infer.messages import FinishCode
+from mini_infer.sampling_params import MAX_SEED, SamplingParams
+from mini_infer_tokenizer.chat import load_chat_template
+from mini_infer_tokenizer.detokenize import NO_STOP, Detokenizer, TextStream
+from mini_infer_tokenizer.encode import TextTokenizer
+
+from mini_infer_engine.build import build_engine
+from mini_infer_engine.loader import Progress
+from mini_infer_engine.scheduler import SequenceUpdate
+from mini_infer_engine.sequence import Sequence as EngineSequence
+from mini_infer_engine.sequence import StreamKey
+
+FinishReason = Literal["stop", "length", "error"]
+_FINISH_REASONS: Mapping[FinishCode, FinishReason] = {
+    FinishCode.STOP_TOKEN: "stop",
+    FinishCode.LENGTH: "length",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class GenerationOutput:
+    """What became of one prompt.
+
+    Attributes:
+        prompt_token_ids: The encoded prompt.
+        token_ids: The output's ids, an end-of-sequence id included.
+        text: Their text, cut at a stop string.
+        finish_reason: "stop" (end of sequence, stop id or stop string), "length" or "error".
+        stop_string: The stop string that ended it, if one did.
+        stop_token_id: The id that ended it, if one did.
+        seed: What the random numbers were keyed with.
+        error: Why this prompt alone failed; the text so far is kept.
+    """
+
+    prompt_token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+    seed: int = 0
+    error: MiniInferError | None = None
+
+
+@dataclass(slots=True)
+class _Generation:
+    """A prompt under way: its sequence in the scheduler, its text, and what came so far."""
+
+    sequence: EngineSequence
+    text: TextStream
+    stop: Sequence[str]
+    output: GenerationOutput
+    pending_ids: deque[int] = field(default_factory=deque)
+
+    def receive(self, update: SequenceUpdate) -> None:
+        """Takes in what a step did; `output.finish_reason` is set at the end."""
+        output = self.output
+        self.pending_ids.extend(update.token_ids)
+        last = update.finish_code is not FinishCode.RUNNING or update.error is not None
+        delta = self.text.read(update.token_ids, last)
+        output.text += delta.text
+        output.token_ids += [self.pending_ids.popleft() for _ in range(delta.num_ids)]
+        if delta.stop_index != NO_STOP:
+            output.stop_string = self.stop[delta.stop_index]
+            output.finish_reason = "stop"
+        elif update.error:
+            output.error = update.error
+            output.finish_reason = "error"
+        elif last:
+            output.finish_reason = _FINISH_REASONS[update.finish_code]
+            if update.finish_code is FinishCode.STOP_TOKEN:
+                output.stop_token_id = update.stop_token_id
+
+
+class LLMEngine:
+    """Generates text in this process, many prompts at a time. One thread at a time."""
+
+    def __init__(
+        self, config: EngineConfig | None = None, *, on_progress: Progress | None = None
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            config: What to build; None is the demo model with all defaults.
+            on_progress: Called with bytes loaded and bytes in all.
+
+        Raises:
+            ConfigError: Where model folder or device cannot do what was asked.
+        """
+        self.config = config or EngineConfig()
+        self._tokenizer = TextTokenizer(self.config.model_folder)
+        self._detokenizer = Detokenizer(self._tokenizer)
+        self._chat_template = load_chat_template(
+            self.config.model_folder, self._tokenizer.special_tokens
+        )
+        self._engine = build_engine(self.config, on_progress)
+        self._next_stream = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that ran the model, so far."""
+        return self._engine.scheduler.num_steps
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Any,
+    ) -> list[GenerationOutput]:
+        """Continues prompts, all together.
+
+        Args:
+            prompts: Texts or lists of token ids.
+            params: How to sample and when to stop.
+            add_special_tokens: Whether texts get the model's special tokens, such as BOS.
+            **options: Fields of `SamplingParams`, in place of `params`.
+
+        Returns:
+            An output per prompt, in their order.
+
+        Raises:
+            InvalidRequestError: Where parameters or a prompt are out of range.
+            MiniInferError: CONTEXT_LENGTH_EXCEEDED or KV_EXHAUSTED where a prompt cannot fit.
+        """
+        params = _one_of(params, options)
+        texts_or_ids = [prompts] if isinstance(prompts, str) else prompts
+        encoded = [
+            self._tokenizer.encode(each, add_special_tokens)
+            if isinstance(each, str)
+            else list(each)
+            for each in texts_or_ids
+        ]
+        return self._generate(encoded, params)
+
+    def chat(
+        self,
+        conversations: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        params: SamplingParams | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        **options: Any,
+    ) -> list[GenerationOutput]:
+        """Answers conversations, all together.
+
+        Args:
+            conversations: One list of messages with "role" and "content", or several such lists.
+            params: How to sample and when to stop.
+            add_generation_prompt: Whether the prompt ends with the opening of the answer.
+            **options: Fields of `SamplingParams`, in place of `params`.
+
+        Returns:
+            An output per conversation, in their order.
+
+        Raises:
+            MiniInferError: CHAT_TEMPLATE_FAILED, or as `generate`.
+        """
+        if self._chat_template is None:
+            message = f"{self.config.model_name} has no chat template: use generate with a text"
+            raise MiniInferError(ErrorReason.CHAT_TEMPLATE_FAILED, message)
+        params = _one_of(params, options)
+        several: Any = conversations
+        if conversations and isinstance(conversations[0], Mapping):
+            several = [conversations]
+        rendered = [self._chat_template.render(each, add_generation_prompt) for each in several]
+        return self._generate([self._tokenizer.encode(each, False) for each in rendered], params)
+
+    def close(self) -> None:
+        """Frees the model and its cache; the engine is not usable after."""
+        del self._engine
+
+    def __enter__(self) -> LLMEngine:
+        """The engine itself."""
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the engine."""
+        self.close()
+
+    def _generate(
+        self, encoded: Sequence[list[int]], params: SamplingParams
+    ) -> list[GenerationOutput]:
+        generations = [self._begin(prompt_ids, params, i) for i, prompt_ids in enumerate(encoded)]
+        try:
+            self._run(generations)
+        finally:
+            # Whatever was interrupted (Ctrl-C, a prompt that cannot fit) leaves nothing behind.
+            for generation in generations:
+                self._engine.scheduler.abort(generation.sequence.key)
+        return [generation.output for generation in generations]
+
+    def _run(self, generations: Sequence[_Generation]) -> None:
+        scheduler, runner = self._engine.scheduler, self._engine.runner
+        running = {generation.sequence.key: generation for generation in generations}
+        unsent = deque(generations)
+        while running:
+            while unsent and scheduler.num_waiting < self.config.max_queued_requests:
+                scheduler.add(unsent.popleft().sequence)
+            batch = scheduler.schedule(time.monotonic())
+            tokens = runner.run(batch)
+            for update in scheduler.finish_step(batch, tokens, time.monotonic()):
+                generation = running[update.key]
+                generation.receive(update)
+                if generation.output.finish_reason:
+                    scheduler.abort(update.key)  # a stop string is seen here alone
+                    del running[update.key]
+
+    def _begin(self, prompt_ids: list[int], params: SamplingParams, index: int) -> _Generation:
+        served = self._engine.served
+        violations = params.violations(served.config.vocab_size)
+        if not prompt_ids:
+            violations.append(FieldViolation(f"prompts[{index}]", "expected at least one token"))
+        if violations:
+            raise InvalidRequestError(violations)
+        sampling = params.resolve(
+            served.defaults,
+            num_prompt_tokens=len(prompt_ids),
+            max_model_len=served.max_model_len,
+            seed=secrets.randbelow(MAX_SEED + 1),
+        )
+        self._next_stream += 1
+        return _Generation(
+            served.sequence(StreamKey(b"", self._next_stream), prompt_ids, sampling),
+            self._detokenizer.open(
+                stop=params.stop,
+                skip_special_tokens=params.skip_special_tokens,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+            ),
+            params.stop,
+            GenerationOutput(prompt_token_ids=prompt_ids, seed=sampling.seed),
+        )
+
+
+def _one_of(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    if params is not None and options:
+        raise TypeError("give either params or its fields as keywords, not both")
+    return params or SamplingParams(**options)

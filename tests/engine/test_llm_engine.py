@@ -1,0 +1,155 @@
+"""The in-process engine: what users call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from mini_infer import ConfigError, EngineConfig, InvalidRequestError, LLMEngine, MiniInferError
+from mini_infer.errors import ErrorReason
+from mini_infer.sampling_params import SamplingParams
+
+STORY = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[LLMEngine]:
+    with LLMEngine(EngineConfig(max_num_seqs=8, kv_cache_tokens=4096)) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def whole(engine: LLMEngine) -> Iterator[None]:
+    yield
+    parts = engine._engine
+    parts.scheduler.check_integrity()
+    assert parts.scheduler.is_idle
+    assert parts.pool.num_used == 0
+
+
+def test_greedy_is_repeatable_and_text_belongs_to_ids(engine: LLMEngine) -> None:
+    (first,), (second,) = (
+        engine.generate(STORY, max_tokens=40, temperature=0, ignore_eos=True) for _ in range(2)
+    )
+    assert first.token_ids == second.token_ids
+    assert len(first.token_ids) == 40
+    assert first.finish_reason == "length"
+    assert first.text == engine._tokenizer.decode(first.token_ids, True)
+    assert first.prompt_token_ids == engine._tokenizer.encode(STORY, True)
+
+
+def test_outputs_keep_the_order_of_prompts_and_equal_those_alone(engine: LLMEngine) -> None:
+    prompts = [STORY + " there was a" * index for index in range(20)]
+    together = engine.generate(prompts, max_tokens=12, temperature=0.8, seed=5)
+    for prompt, output in zip(prompts, together, strict=True):
+        (alone,) = engine.generate(prompt, max_tokens=12, temperature=0.8, seed=5)
+        assert alone.token_ids == output.token_ids
+
+
+def test_a_drawn_seed_is_reported_and_repeats_the_output(engine: LLMEngine) -> None:
+    (drawn,) = engine.generate(STORY, max_tokens=20, temperature=1.5)
+    (again,) = engine.generate(STORY, max_tokens=20, temperature=1.5, seed=drawn.seed)
+    assert again.token_ids == drawn.token_ids
+    (other,) = engine.generate(STORY, max_tokens=20, temperature=1.5)
+    assert other.seed != drawn.seed
+
+
+def test_absent_fields_take_the_folders_defaults(engine: LLMEngine) -> None:
+    assert engine._engine.served.defaults.temperature > 0
+    (default,) = engine.generate(STORY, max_tokens=30, seed=1)
+    (greedy,) = engine.generate(STORY, max_tokens=30, seed=1, temperature=0)
+    assert default.token_ids != greedy.token_ids
+
+
+def test_a_stop_string_ends_at_the_token_that_completes_it(engine: LLMEngine) -> None:
+    (whole,) = engine.generate(STORY, max_tokens=40, temperature=0, ignore_eos=True)
+    stop = whole.text[20:26]
+    begin = whole.text.index(stop)
+    options = dict(max_tokens=40, temperature=0, ignore_eos=True, stop=["§", stop])
+    (cut,) = engine.generate(STORY, **options)
+    assert (cut.text, cut.finish_reason, cut.stop_string) == (whole.text[:begin], "stop", stop)
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    decoded = engine._tokenizer.decode(cut.token_ids, True)
+    assert stop in decoded
+    assert stop not in engine._tokenizer.decode(cut.token_ids[:-1], True)
+    (kept,) = engine.generate(STORY, include_stop_str_in_output=True, **options)
+    assert kept.text == whole.text[: begin + len(stop)]
+
+
+def test_stop_ids_end_inclusively_and_min_tokens_delays_them(engine: LLMEngine) -> None:
+    (whole,) = engine.generate(STORY, max_tokens=10, temperature=0, ignore_eos=True)
+    stop_id = whole.token_ids[3]
+    first = whole.token_ids.index(stop_id)
+    (cut,) = engine.generate(STORY, max_tokens=10, temperature=0, stop_token_ids=[stop_id])
+    assert cut.token_ids == whole.token_ids[: first + 1]
+    assert (cut.finish_reason, cut.stop_token_id) == ("stop", stop_id)
+    (later,) = engine.generate(
+        STORY, max_tokens=10, temperature=0, stop_token_ids=[stop_id], min_tokens=first + 2
+    )
+    assert len(later.token_ids) >= first + 2
+    assert stop_id not in later.token_ids[: first + 2]
+
+
+def test_chat_uses_the_template(engine: LLMEngine) -> None:
+    conversation = [{"role": "user", "content": "Tell me a story about a fox."}]
+    (output,) = engine.chat(conversation, max_tokens=5, temperature=0)
+    prompt = engine._tokenizer.decode(output.prompt_token_ids, False)
+    assert "Tell me a story about a fox." in prompt
+    assert len(prompt) > len(conversation[0]["content"])
+    both = engine.chat([conversation, conversation], max_tokens=5, temperature=0)
+    assert [each.token_ids for each in both] == [output.token_ids] * 2
+
+
+def test_more_prompts_than_may_wait_are_fed_in_by_and_by() -> None:
+    config = EngineConfig(max_num_seqs=2, max_queued_requests=3, kv_cache_tokens=1024)
+    with LLMEngine(config) as small:
+        outputs = small.generate([[5 + each] for each in range(12)], max_tokens=3, ignore_eos=True)
+    assert [len(each.token_ids) for each in outputs] == [3] * 12
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[]], {}, "at least one token"),
+        ([[4096]], {}, "from 0 to 4095"),
+        (STORY, {"max_tokens": 0}, "max_tokens"),
+        (STORY, {"max_tokens": 5000}, "context holds 4096"),
+        ([[5] * 4096], {}, "context holds 4096"),
+        (STORY, {"temperature": float("nan"), "top_p": 1.5}, r"temperature.*top_p"),
+    ],
+)
+def test_bad_requests_are_typed_errors(
+    engine: LLMEngine, prompts: object, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(MiniInferError, match=message):
+        engine.generate(prompts, **options)
+
+
+def test_violations_come_all_at_once(engine: LLMEngine) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        engine.generate(STORY, SamplingParams(temperature=-1, top_k=-1, top_p=0, max_tokens=0))
+    fields = [violation.field for violation in caught.value.violations]
+    assert fields == [
+        "sampling.temperature",
+        "sampling.top_k",
+        "sampling.top_p",
+        "stopping.max_tokens",
+    ]
+
+
+def test_a_prompt_that_never_fits_is_refused_and_the_rest_is_cleaned_up() -> None:
+    with LLMEngine(EngineConfig(kv_cache_tokens=64)) as small:
+        with pytest.raises(MiniInferError) as caught:
+            small.generate([[5], [5] * 100], max_tokens=10)
+        assert caught.value.reason is ErrorReason.KV_EXHAUSTED
+        small._engine.scheduler.check_integrity()
+        assert small._engine.pool.num_used == 0
+
+
+def test_configs_that_cannot_work_say_so() -> None:
+    with pytest.raises(ConfigError, match="max_num_seqs must be at least 1"):
+        EngineConfig(max_num_seqs=0)
+    with pytest.raises(ConfigError, match="at most 4096"):
+        LLMEngine(EngineConfig(max_model_len=5000))
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        LLMEngine(EngineConfig(device="cuda"))
