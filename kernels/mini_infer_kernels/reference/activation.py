@@ -19,4 +19,4 @@ def reference_silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
         [num_tokens, intermediate_size], of the same type.
     """
     gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
+    return functional.silu(gate).mul_(up)

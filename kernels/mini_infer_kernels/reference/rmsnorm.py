@@ -21,8 +21,8 @@ def reference_rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torc
         [..., hidden_size], of x's type.
     """
     wide = x.float()
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * inverse).to(x.dtype) * weight
+    inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * inverse).to(x.dtype).mul_(weight)
 
 
 def reference_add_rmsnorm(

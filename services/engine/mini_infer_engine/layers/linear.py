@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 
-class FusedLinear(nn.Module):
+class FusedLinear:
     """`y = x W^T + b` whose output rows belong to several checkpoint tensors, one after another.
 
     One product instead of several reads x once and fills the device better.
     """
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    __slots__ = ("_bias", "_parts", "_weight")
 
     def __init__(
         self,
@@ -36,25 +34,26 @@ class FusedLinear(nn.Module):
             dtype: Of weight and bias.
             device: Where they lie.
         """
-        super().__init__()
         self._parts = dict(parts)
         rows = sum(parts.values())
-        self.register_buffer("weight", torch.empty(rows, in_features, dtype=dtype, device=device))
-        self.register_buffer(
-            "bias", torch.empty(rows, dtype=dtype, device=device) if bias else None
-        )
+        if device.type == "cpu":
+            # Few rows of x times a weight whose columns lie together is up to twice as fast.
+            self._weight = torch.empty(in_features, rows, dtype=dtype, device=device).t()
+        else:
+            self._weight = torch.empty(rows, in_features, dtype=dtype, device=device)
+        self._bias = torch.empty(rows, dtype=dtype, device=device) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies: [..., in_features] to [..., rows]."""
-        return functional.linear(x, self.weight, self.bias)
+        return functional.linear(x, self._weight, self._bias)
 
     def destinations(self, prefix: str) -> dict[str, torch.Tensor]:
         """Where each checkpoint tensor goes, as views of weight and bias."""
         found: dict[str, torch.Tensor] = {}
         start = 0
         for name, rows in self._parts.items():
-            found[f"{prefix}{name}.weight"] = self.weight[start : start + rows]
-            if self.bias is not None:
-                found[f"{prefix}{name}.bias"] = self.bias[start : start + rows]
+            found[f"{prefix}{name}.weight"] = self._weight[start : start + rows]
+            if self._bias is not None:
+                found[f"{prefix}{name}.bias"] = self._bias[start : start + rows]
             start += rows
         return found

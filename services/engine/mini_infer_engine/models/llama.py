@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from mini_infer_kernels.kernel_set import KernelSet
-from torch import nn
 from torch.nn import functional
 
 from mini_infer_engine.kv_cache import KVCache
@@ -16,17 +15,13 @@ from mini_infer_engine.layers.linear import FusedLinear
 from mini_infer_engine.model_config import ModelConfig
 
 
-class LlamaLayer(nn.Module):
+class LlamaLayer:
     """One decoder layer."""
-
-    input_norm: torch.Tensor
-    post_attention_norm: torch.Tensor
 
     def __init__(
         self, config: ModelConfig, kernels: KernelSet, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Allocates the weights, uninitialised."""
-        super().__init__()
         self._config = config
         self._kernels = kernels
         hidden, head_dim = config.hidden_size, config.head_dim
@@ -41,10 +36,10 @@ class LlamaLayer(nn.Module):
         self.o = linear(q_size, {"o_proj": hidden}, bias=config.attention_bias)
         self.gate_up = linear(hidden, gate_up, bias=config.mlp_bias)
         self.down = linear(config.intermediate_size, {"down_proj": hidden}, bias=config.mlp_bias)
-        for name in ("input_norm", "post_attention_norm"):
-            self.register_buffer(name, torch.empty(hidden, dtype=dtype, device=device))
+        self.input_norm = torch.empty(hidden, dtype=dtype, device=device)
+        self.post_attention_norm = torch.empty(hidden, dtype=dtype, device=device)
 
-    def forward(
+    def __call__(
         self,
         hidden: torch.Tensor,
         residual: torch.Tensor | None,
@@ -90,31 +85,27 @@ class LlamaLayer(nn.Module):
         }
 
 
-class LlamaForCausalLM(nn.Module):
-    """The whole model: token ids to logits."""
+class LlamaForCausalLM:
+    """The whole model: token ids to logits.
 
-    embedding: torch.Tensor
-    lm_head: torch.Tensor
-    norm: torch.Tensor
+    Plain objects instead of `torch.nn.Module`: nothing is trained, and on a CPU the calls of a
+    small model's modules take as long as its products.
+    """
 
     def __init__(
         self, config: ModelConfig, kernels: KernelSet, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Allocates the weights, uninitialised; a loader fills `destinations()`."""
-        super().__init__()
         self._config = config
         self._kernels = kernels
         shape = (config.vocab_size, config.hidden_size)
-        self.register_buffer("embedding", torch.empty(shape, dtype=dtype, device=device))
+        self.embedding = torch.empty(shape, dtype=dtype, device=device)
         tied = config.tie_word_embeddings
-        lm_head = self.embedding if tied else torch.empty(shape, dtype=dtype, device=device)
-        self.register_buffer("lm_head", lm_head)
-        self.register_buffer("norm", torch.empty(config.hidden_size, dtype=dtype, device=device))
-        self.layers = nn.ModuleList(
-            LlamaLayer(config, kernels, dtype, device) for _ in range(config.num_layers)
-        )
+        self.lm_head = self.embedding if tied else torch.empty_like(self.embedding)
+        self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
+        self.layers = [LlamaLayer(config, kernels, dtype, device) for _ in range(config.num_layers)]
 
-    def forward(
+    def __call__(
         self, token_ids: torch.Tensor, cache: KVCache, inputs: AttentionInputs
     ) -> torch.Tensor:
         """Runs the layers over the tokens of a batch; their keys and values enter the cache.
@@ -144,7 +135,6 @@ class LlamaForCausalLM(nn.Module):
         if not self._config.tie_word_embeddings:
             found["lm_head.weight"] = self.lm_head
         for index, layer in enumerate(self.layers):
-            assert isinstance(layer, LlamaLayer)
             found |= layer.destinations(f"model.layers.{index}.")
         return found
 
