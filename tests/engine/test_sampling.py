@@ -115,9 +115,12 @@ def test_a_tiny_temperature_is_greedy() -> None:
     assert finite.all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_rows_that_are_not_finite_are_told_apart(bad: float) -> None:
-    logits = torch.zeros(3, VOCAB)
-    logits[1, 4] = bad
-    _, finite = sample(logits, columns(3))
-    assert finite.tolist() == [True, False, True]
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_are_not_finite_are_told_apart(temperature: float) -> None:
+    logits = torch.zeros(5, VOCAB)
+    logits[1, 4] = float("nan")
+    logits[2, 4] = float("inf")
+    logits[3] = float("-inf")
+    logits[4, 4] = float("-inf")  # a token that cannot be, which is no fault
+    _, finite = sample(logits, columns(5, temperature=temperature))
+    assert finite.tolist() == [True, False, False, False, True]

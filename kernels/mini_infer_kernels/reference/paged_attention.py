@@ -38,11 +38,10 @@ def reference_decode_attention(
         [num_seqs, num_q_heads, head_dim].
     """
     num_seqs, num_q_heads, head_dim = query.shape
-    num_kv_heads = key_cache.shape[2]
     keys = _gather(key_cache, block_tables)  # [num_seqs, num_kv_heads, slots, head_dim]
     values = _gather(value_cache, block_tables)
     # The query heads of a group stand where query tokens would: no key is repeated for them.
-    grouped = query.view(num_seqs, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    grouped = query.view(num_seqs, key_cache.shape[2], -1, head_dim)
     out = functional.scaled_dot_product_attention(
         grouped, keys, values, attn_mask=mask, scale=scale
     )

@@ -52,20 +52,25 @@ class InputBuffers:
         """The inputs of a batch that is not empty."""
         starts, lengths = batch.num_computed_tokens, batch.num_scheduled_tokens
         ends = np.cumsum(lengths)
-        rows = np.repeat(np.arange(len(lengths)), lengths)  # [T] each token's row
-        positions = np.arange(len(rows)) - np.repeat(ends - lengths, lengths) + starts[rows]
+        # [T] each token's row and position
+        rows, positions = np.arange(len(lengths)), starts
+        if batch.num_decodes < len(lengths):
+            rows = np.repeat(rows, lengths)
+            positions = np.arange(len(rows)) - np.repeat(ends - lengths, lengths) + starts[rows]
         blocks = batch.block_tables[rows, positions // self._block_size]
         slots = blocks * self._block_size + positions % self._block_size
         device_positions = self._to_device(positions)
         contexts = starts + lengths
         split = batch.num_decodes
+        num_decode_blocks = -(-int(contexts[:split].max(initial=0)) // self._block_size)
         attention = AttentionInputs(
             cos=self._cos.index_select(0, device_positions),
             sin=self._sin.index_select(0, device_positions),
             slot_mapping=self._to_device(slots),
-            block_tables=self._to_device(batch.block_tables),
             num_decodes=split,
-            decode_mask=self._decode_mask(contexts[:split]),
+            decode_block_tables=self._to_device(batch.block_tables[:split, :num_decode_blocks]),
+            decode_mask=self._decode_mask(contexts[:split], num_decode_blocks),
+            prefill_block_tables=self._to_device(batch.block_tables[split:]),
             prefill_lens=lengths[split:].tolist(),
             prefill_context_lens=contexts[split:].tolist(),
         )
@@ -75,14 +80,11 @@ class InputBuffers:
             sampled_tokens=self._to_device(ends[batch.sampling.rows] - 1),
         )
 
-    def _decode_mask(self, contexts: Ints) -> torch.Tensor:
+    def _decode_mask(self, contexts: Ints, num_blocks: int) -> torch.Tensor:
         """0 where a slot of a decoding row holds one of its tokens, -inf elsewhere."""
-        longest = int(contexts.max(initial=0))
-        num_slots = -(-longest // self._block_size) * self._block_size
-        slots = torch.arange(num_slots, device=self._device)
-        mask = torch.zeros((len(contexts), num_slots), dtype=self._dtype, device=self._device)
-        mask.masked_fill_(slots >= self._to_device(contexts)[:, None], -torch.inf)
-        return mask[:, None, None]
+        slots = np.arange(num_blocks * self._block_size)
+        mask = np.where(slots < contexts[:, None], np.float32(0), np.float32(-np.inf))
+        return torch.from_numpy(mask).to(self._device, self._dtype)[:, None, None]
 
     def _to_device(self, values: Ints) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)

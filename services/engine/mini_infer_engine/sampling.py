@@ -40,16 +40,17 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor
         columns: How, for the R rows.
 
     Returns:
-        [R] int64 token ids, and [R] bool whether the row's logits were all finite.
+        [R] int64 token ids, and [R] bool whether they mean anything: not where a row has NaN or
+        infinity, or nothing that may be chosen.
     """
-    finite = torch.isfinite(logits.sum(-1))
     if len(columns.banned_rows):
         rows = torch.from_numpy(columns.banned_rows).to(logits.device)
         ids = torch.from_numpy(columns.banned_ids).to(logits.device)
         logits[rows, ids] = -torch.inf
-    chosen = logits.argmax(-1)
-    drawn = np.flatnonzero(columns.temperatures > 0)
-    if len(drawn):
+    greatest, chosen = logits.max(-1)  # NaN is greater than all
+    finite = greatest.isfinite()
+    if columns.temperatures.any():
+        drawn = np.flatnonzero(columns.temperatures)
         rows = torch.from_numpy(drawn).to(logits.device)
         chosen[rows] = _draw(logits[rows], columns, drawn)
     return chosen, finite

@@ -18,10 +18,10 @@ class AttentionInputs:
         cos: [T, 1, head_dim] of the tokens' positions, in the model's data type.
         sin: Likewise.
         slot_mapping: [T] int64, the slot of each token.
-        block_tables: [S, B] int64.
         num_decodes: Rows at the front with one token.
-        decode_mask: [num_decodes, 1, 1, B' * block_size] 0 or -inf, in the model's data type;
-            B' are the blocks that the longest of these rows uses.
+        decode_block_tables: [num_decodes, B] int64; B are the blocks that the longest row uses.
+        decode_mask: [num_decodes, 1, 1, B * block_size] 0 or -inf, in the model's data type.
+        prefill_block_tables: [S - num_decodes, B'] int64.
         prefill_lens: Tokens of each other row.
         prefill_context_lens: Tokens of each other row in the cache, its new ones included.
     """
@@ -29,9 +29,10 @@ class AttentionInputs:
     cos: torch.Tensor
     sin: torch.Tensor
     slot_mapping: torch.Tensor
-    block_tables: torch.Tensor
     num_decodes: int
+    decode_block_tables: torch.Tensor
     decode_mask: torch.Tensor
+    prefill_block_tables: torch.Tensor
     prefill_lens: list[int]
     prefill_context_lens: list[int]
 
@@ -60,24 +61,19 @@ def paged_attention(
     keys, values = cache
     scale = query.shape[-1] ** -0.5
     kernels.store_kv(key, value, keys, values, inputs.slot_mapping)
-    outputs = []
-    split = inputs.num_decodes
-    if split:
-        block_size = keys.shape[1]
-        tables = inputs.block_tables[:split, : inputs.decode_mask.shape[-1] // block_size]
-        outputs.append(
-            kernels.decode_attention(query[:split], keys, values, tables, inputs.decode_mask, scale)
-        )
-    if inputs.prefill_lens:
-        outputs.append(
-            kernels.prefill_attention(
-                query[split:],
-                keys,
-                values,
-                inputs.block_tables[split:],
-                inputs.prefill_lens,
-                inputs.prefill_context_lens,
-                scale,
-            )
-        )
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    split, tables, mask = inputs.num_decodes, inputs.decode_block_tables, inputs.decode_mask
+    if not inputs.prefill_lens:
+        return kernels.decode_attention(query, keys, values, tables, mask, scale)
+    prefilled = kernels.prefill_attention(
+        query[split:],
+        keys,
+        values,
+        inputs.prefill_block_tables,
+        inputs.prefill_lens,
+        inputs.prefill_context_lens,
+        scale,
+    )
+    if not split:
+        return prefilled
+    decoded = kernels.decode_attention(query[:split], keys, values, tables, mask, scale)
+    return torch.cat((decoded, prefilled))

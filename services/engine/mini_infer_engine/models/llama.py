@@ -64,9 +64,9 @@ class LlamaLayer:
             normed, residual = kernels.add_rmsnorm(hidden, residual, self.input_norm, eps)
         heads = self.qkv(normed).view(len(normed), -1, self._config.head_dim)
         num_q_heads, num_kv_heads = self._config.num_q_heads, self._config.num_kv_heads
-        turned = kernels.rope(heads[:, : num_q_heads + num_kv_heads], inputs.cos, inputs.sin)
-        query, key = turned[:, :num_q_heads], turned[:, num_q_heads:]
-        value = heads[:, num_q_heads + num_kv_heads :]
+        query_key, value = heads.split_with_sizes((num_q_heads + num_kv_heads, num_kv_heads), 1)
+        query_key = kernels.rope(query_key, inputs.cos, inputs.sin)
+        query, key = query_key.split_with_sizes((num_q_heads, num_kv_heads), 1)
         attended = paged_attention(query, key, value, cache, inputs, kernels)
         normed, residual = kernels.add_rmsnorm(
             self.o(attended.flatten(1)), residual, self.post_attention_norm, eps
