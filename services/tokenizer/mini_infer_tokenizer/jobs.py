@@ -1,0 +1,143 @@
+"""Encode and decode jobs on threads, in two size classes.
+
+The tokenizers library releases the interpreter lock while it encodes, so a prompt of a megabyte
+(about half a second) neither stops the loop that detokenizes nor, having a thread of its own,
+delays a short prompt.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+
+import structlog
+from mini_infer.errors import ErrorReason, MiniInferError
+from mini_infer.messages import Decode, Decoded, EncodeChat, Encoded, EncodeText, JobRefused
+
+from mini_infer_tokenizer.chat import ChatTemplate
+from mini_infer_tokenizer.encode import TextTokenizer
+
+Job = EncodeText | EncodeChat | Decode
+Answer = Encoded | Decoded | JobRefused
+
+LARGE_JOB_CHARACTERS = 16 * 1024
+"""A job above it takes milliseconds, and waits only for others of its kind."""
+MAX_IDS_AT_ONCE = 256
+"""Decoding so few takes microseconds; gateways ask for it to see that the loop turns."""
+_CHARACTERS_PER_ID = 4
+
+_log = structlog.get_logger()
+
+
+class JobWorker:
+    """Does one job at a time; safe to use from several threads."""
+
+    def __init__(self, tokenizer: TextTokenizer, chat_template: ChatTemplate | None) -> None:
+        """Takes what jobs need; without a chat template, chats are refused."""
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+
+    def do(self, job: Job) -> Answer:
+        """Does a job; whatever goes wrong is the answer, and ends this job alone."""
+        try:
+            match job:
+                case EncodeText():
+                    ids = self._tokenizer.encode(job.text, job.add_special_tokens)
+                    return Encoded(job.job, ids)
+                case EncodeChat():
+                    return Encoded(job.job, self._tokenizer.encode(self._render(job), False))
+                case Decode():
+                    text = self._tokenizer.decode(job.token_ids, job.skip_special_tokens)
+                    return Decoded(job.job, text)
+        except MiniInferError as error:
+            return JobRefused(job.job, error.reason, error.message)
+        except Exception as error:
+            # The traceback's last line may quote the prompt, so only the type is logged.
+            _log.error("job failed", job=type(job).__name__, error=type(error).__name__)
+            return JobRefused(job.job, ErrorReason.INTERNAL_ERROR, "the tokenizer failed")
+
+    def _render(self, job: EncodeChat) -> str:
+        if self._chat_template is None:
+            raise MiniInferError(
+                ErrorReason.CHAT_TEMPLATE_FAILED,
+                "the model has no chat template: send the prompt as text",
+            )
+        messages = [{"role": each.role, "content": each.content} for each in job.messages]
+        return self._chat_template.render(messages, job.add_generation_prompt)
+
+
+class JobPool:
+    """Threads that do jobs, and the answers that wait to be sent.
+
+    `fileno` makes it pollable: it is readable while there may be answers to `take`.
+    """
+
+    def __init__(self, do: Callable[[Job], Answer], num_threads: int) -> None:
+        """Starts no thread before the first job.
+
+        Args:
+            do: Does a job; called on the threads.
+            num_threads: One of them is for large jobs; small ones have at least one as well.
+        """
+        self._do = do
+        self._small = ThreadPoolExecutor(max(1, num_threads - 1), "small-jobs")
+        self._large = ThreadPoolExecutor(1, "large-jobs")
+        self._answers: SimpleQueue[tuple[bytes, Answer]] = SimpleQueue()
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+
+    def submit(self, gateway: bytes, job: Job) -> None:
+        """Queues a job of a gateway; a short decode is done at once."""
+        if isinstance(job, Decode) and len(job.token_ids) <= MAX_IDS_AT_ONCE:
+            self._run(gateway, job)
+            return
+        pool = self._large if _num_characters(job) > LARGE_JOB_CHARACTERS else self._small
+        pool.submit(self._run, gateway, job)
+
+    def take(self) -> list[tuple[bytes, Answer]]:
+        """The answers since the last call, each with its gateway."""
+        try:
+            self._woken.recv(4096)
+        except BlockingIOError:
+            pass
+        answers = []
+        while True:
+            try:
+                answers.append(self._answers.get_nowait())
+            except Empty:
+                return answers
+
+    def wake(self) -> None:
+        """Makes the pool readable; safe to call from a thread or a signal handler."""
+        try:
+            self._waker.send(b"\0")
+        except OSError:
+            pass  # Either so full that whoever polls is awake already, or closed.
+
+    def fileno(self) -> int:
+        """The file descriptor to poll."""
+        return self._woken.fileno()
+
+    def close(self) -> None:
+        """Drops the jobs that have not begun and waits for those that run."""
+        for pool in (self._small, self._large):
+            pool.shutdown(cancel_futures=True)
+        self._woken.close()
+        self._waker.close()
+
+    def _run(self, gateway: bytes, job: Job) -> None:
+        self._answers.put((gateway, self._do(job)))
+        self.wake()
+
+
+def _num_characters(job: Job) -> int:
+    match job:
+        case EncodeText():
+            return len(job.text)
+        case EncodeChat():
+            return sum(len(message.content) for message in job.messages)
+        case Decode():
+            return len(job.token_ids) * _CHARACTERS_PER_ID

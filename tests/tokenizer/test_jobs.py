@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from mini_infer.config import bundled_model
+from mini_infer.errors import ErrorReason
+from mini_infer.messages import (
+    Decode,
+    Decoded,
+    EncodeChat,
+    Encoded,
+    EncodeText,
+    JobRefused,
+    WireChatMessage,
+)
+from mini_infer_tokenizer.chat import ChatTemplate, load_chat_template
+from mini_infer_tokenizer.encode import TextTokenizer
+from mini_infer_tokenizer.jobs import LARGE_JOB_CHARACTERS, Answer, Job, JobPool, JobWorker
+
+DEMO = bundled_model("demo")
+CHAT = EncodeChat(3, [WireChatMessage("user", "Hello.")], True)
+LARGE = EncodeText(1, "x" * (LARGE_JOB_CHARACTERS + 1), False)
+
+
+@pytest.fixture(scope="module")
+def demo() -> TextTokenizer:
+    return TextTokenizer(DEMO)
+
+
+@pytest.fixture(scope="module")
+def worker(demo: TextTokenizer) -> JobWorker:
+    return JobWorker(demo, load_chat_template(DEMO, demo.special_tokens))
+
+
+class TestWorker:
+    def test_encodes_text(self, worker: JobWorker, demo: TextTokenizer) -> None:
+        ids = demo.encode("Once upon a time", add_special_tokens=True)
+        assert worker.do(EncodeText(1, "Once upon a time", True)) == Encoded(1, ids)
+
+    def test_encodes_a_chat_without_a_second_bos(
+        self, worker: JobWorker, demo: TextTokenizer
+    ) -> None:
+        text = "<|bos|><|user|>Hello.<|end|><|assistant|>"
+        assert worker.do(CHAT) == Encoded(3, demo.encode(text, add_special_tokens=False))
+
+    def test_decodes(self, worker: JobWorker, demo: TextTokenizer) -> None:
+        ids = demo.encode("a fox", add_special_tokens=True)
+        assert worker.do(Decode(2, ids, True)) == Decoded(2, "a fox")
+
+    def test_refuses_a_chat_the_template_refuses(self, worker: JobWorker) -> None:
+        answer = worker.do(EncodeChat(4, [WireChatMessage("wizard", "Hi")], True))
+        assert isinstance(answer, JobRefused)
+        assert (answer.job, answer.reason) == (4, ErrorReason.CHAT_TEMPLATE_FAILED)
+        assert "got wizard" in answer.message
+
+    def test_refuses_chats_without_a_template(self, demo: TextTokenizer) -> None:
+        answer = JobWorker(demo, None).do(CHAT)
+        assert isinstance(answer, JobRefused)
+        assert answer.reason is ErrorReason.CHAT_TEMPLATE_FAILED
+        assert "no chat template" in answer.message
+
+    def test_refuses_impossible_ids(self, worker: JobWorker) -> None:
+        answer = worker.do(Decode(5, [-1], True))
+        assert isinstance(answer, JobRefused)
+        assert answer.reason is ErrorReason.INVALID_FIELD
+
+    def test_a_surprise_fails_the_job_alone(
+        self, demo: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: object) -> None:
+            raise RuntimeError("words of the prompt")
+
+        template = ChatTemplate("", {})
+        monkeypatch.setattr(template, "render", fail)
+        answer = JobWorker(demo, template).do(CHAT)
+        assert answer == JobRefused(3, ErrorReason.INTERNAL_ERROR, "the tokenizer failed")
+
+
+class TestPool:
+    @pytest.fixture
+    def gate(self) -> threading.Event:
+        return threading.Event()
+
+    @pytest.fixture
+    def pool(self, gate: threading.Event) -> Iterator[JobPool]:
+        """Its large jobs and long decodes wait for the gate."""
+
+        def do(job: Job) -> Answer:
+            if isinstance(job, Decode) or len(getattr(job, "text", "")) > 100:
+                gate.wait()
+            return Encoded(job.job, [])
+
+        pool = JobPool(do, num_threads=2)
+        yield pool
+        gate.set()
+        pool.close()
+
+    @staticmethod
+    def take(pool: JobPool, count: int) -> list[tuple[bytes, Answer]]:
+        answers: list[tuple[bytes, Answer]] = []
+        deadline = time.monotonic() + 10
+        while len(answers) < count and time.monotonic() < deadline:
+            select.select([pool], [], [], 0.5)
+            answers += pool.take()
+        return answers
+
+    def test_small_jobs_pass_large_ones(self, pool: JobPool, gate: threading.Event) -> None:
+        pool.submit(b"a", LARGE)
+        pool.submit(b"a", Decode(2, [1] * LARGE_JOB_CHARACTERS, True))
+        pool.submit(b"b", EncodeText(3, "hello", False))
+        pool.submit(b"c", EncodeChat(4, [WireChatMessage("user", "hello")], True))
+        assert self.take(pool, 2) == [(b"b", Encoded(3, [])), (b"c", Encoded(4, []))]
+        gate.set()
+        assert self.take(pool, 2) == [(b"a", Encoded(1, [])), (b"a", Encoded(2, []))]
+        assert pool.take() == []
+
+    def test_a_short_decode_does_not_wait_for_a_thread(
+        self, pool: JobPool, gate: threading.Event
+    ) -> None:
+        gate.set()
+        pool.submit(b"a", Decode(1, [5], True))
+        assert pool.take() == [(b"a", Encoded(1, []))]
+
+    def test_waking_makes_it_readable(self, pool: JobPool) -> None:
+        assert select.select([pool], [], [], 0)[0] == []
+        for _ in range(100_000):
+            pool.wake()
+        assert select.select([pool], [], [], 0)[0] == [pool]
