@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mini_infer.config import EngineConfig, bundled_model
 from mini_infer.errors import ModelFolderError
+from mini_infer_engine.build import build_engine
 from mini_infer_engine.loader import LoadReport, load_weights
 from safetensors.torch import save_file
 
@@ -329,3 +332,14 @@ def test_any_header_is_loaded_or_refused(
     report = load_or_refuse(tmp_path)
     if not changes:
         assert report is not None
+
+
+def test_weights_are_checked_before_anything_is_allocated(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(bundled_model("demo"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    # Two terabytes of weights, by this config.
+    config |= {"hidden_size": 2**14, "intermediate_size": 2**18, "num_hidden_layers": 40}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFolderError, match="do not fit its config"):
+        build_engine(EngineConfig(model=str(folder)))

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mini_infer.config import bundled_model
 from mini_infer.errors import ModelFolderError
+from mini_infer.model_folder import MAX_JSON_BYTES
 from mini_infer_engine.model_config import (
     MAX_PARAMETERS,
     ModelConfig,
@@ -14,7 +15,6 @@ from mini_infer_engine.model_config import (
     read_generation_defaults,
     read_model_config,
 )
-from mini_infer_engine.model_folder import MAX_JSON_BYTES
 from safetensors.numpy import save_file
 
 BASE: dict[str, Any] = {

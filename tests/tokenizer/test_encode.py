@@ -83,7 +83,7 @@ def test_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
 
 
 def test_missing_tokenizer_file_and_damaged_config(tmp_path: Path) -> None:
-    with pytest.raises(ModelFolderError, match=r"has no tokenizer\.json"):
+    with pytest.raises(ModelFolderError, match=r"tokenizer\.json does not exist"):
         TextTokenizer(tmp_path)
     shutil.copy(DEMO / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")

@@ -13,7 +13,7 @@ from mini_infer_kernels.kernel_set import REFERENCE
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import CPU_CACHE_BYTES, KVCache, KVCacheSpec, blocks_that_fit
-from mini_infer_engine.loader import Progress, load_weights
+from mini_infer_engine.loader import Progress, check_weights, load_weights
 from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.model_runner import ModelRunner
 from mini_infer_engine.models.llama import LlamaForCausalLM
@@ -57,6 +57,10 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
     dtype_name = _choose_dtype(config, device)
     served = read_served_model(config, dtype_name)
     dtype: torch.dtype = getattr(torch, dtype_name)
+    check_weights(
+        LlamaForCausalLM(served.config, REFERENCE, dtype, torch.device("meta")),
+        config.model_folder,
+    )
     model = LlamaForCausalLM(served.config, REFERENCE, dtype, device)
     report = load_weights(model, config.model_folder, on_progress)
     if config.num_threads or report.num_bytes < SMALL_MODEL_BYTES:

@@ -18,7 +18,7 @@ import torch
 from mini_infer.errors import ModelFolderError
 from safetensors import SafetensorError, safe_open
 
-from mini_infer_engine.model_folder import StoredTensor, read_headers
+from mini_infer_engine.weight_files import StoredTensor, read_headers
 
 LOADABLE_DTYPES = ("F32", "F16", "BF16")
 """Types of weights, by their names in safetensors."""
@@ -50,6 +50,22 @@ class LoadReport:
     num_tensors: int
     num_bytes: int
     seconds: float
+
+
+def check_weights(model: HasDestinations, folder: Path) -> None:
+    """Checks that a folder's weights fit a model, reading their headers alone.
+
+    A model on the meta device is enough: so nothing is allocated by a config.json that does not
+    belong to the weights.
+
+    Args:
+        model: The model, on any device.
+        folder: The model folder.
+
+    Raises:
+        ModelFolderError: As `load_weights`.
+    """
+    _check(folder, read_headers(folder), model.destinations(), model.ignorable())
 
 
 def load_weights(

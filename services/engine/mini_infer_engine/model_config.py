@@ -15,15 +15,10 @@ from pathlib import Path
 from typing import TypeGuard
 
 from mini_infer.errors import ModelFolderError
+from mini_infer.model_folder import MAX_JSON_BYTES, read_bytes, read_json_object
 from mini_infer.sampling_params import MAX_TEMPERATURE, MAX_TOP_K, GenerationDefaults
 
-from mini_infer_engine.model_folder import (
-    MAX_JSON_BYTES,
-    read_bytes,
-    read_header_bytes,
-    read_json_object,
-    weight_files,
-)
+from mini_infer_engine.weight_files import read_header_bytes, weight_files
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"

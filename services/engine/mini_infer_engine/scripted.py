@@ -16,10 +16,10 @@ from typing import Annotated
 import typer
 from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
+from mini_infer.model_folder import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, read_json_object
 
 from mini_infer_engine.batch import NO_TOKENS, ScheduledBatch, StepTokens
 from mini_infer_engine.block_pool import BlockPool
-from mini_infer_engine.model_folder import read_json_object
 from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
 from mini_infer_engine.served_model import read_served_model
 from mini_infer_engine.server import serve
@@ -39,7 +39,7 @@ def scripted_token(seed: int, position: int, ordinary_ids: list[int]) -> int:
 
 def ordinary_token_ids(folder: Path) -> list[int]:
     """Ids of a model's vocabulary that are not special tokens, in order."""
-    tokenizer = read_json_object(folder / "tokenizer.json", max_bytes=64 * 2**20)
+    tokenizer = read_json_object(folder / TOKENIZER_FILE, MAX_TOKENIZER_BYTES)
     added, model = tokenizer.get("added_tokens"), tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(added, list) or not isinstance(vocabulary, dict):

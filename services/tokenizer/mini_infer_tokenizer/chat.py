@@ -84,7 +84,7 @@ def load_chat_template(folder: Path, special_tokens: Mapping[str, str]) -> ChatT
     """
     name = "chat_template.jinja"
     if (folder / name).exists():
-        source: str | None = read_text(folder, name)
+        source: str | None = read_text(folder / name)
     else:
         name = "tokenizer_config.json"
         source = _configured_source(folder / name)
@@ -99,7 +99,7 @@ def load_chat_template(folder: Path, special_tokens: Mapping[str, str]) -> ChatT
 def _configured_source(file: Path) -> str | None:
     if not file.exists():
         return None
-    value = read_json_object(file.parent, file.name).get("chat_template")
+    value = read_json_object(file).get("chat_template")
     if value is None or isinstance(value, str):
         return value
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import tokenizers
 from mini_infer.errors import ErrorReason, MiniInferError, ModelFolderError
-from mini_infer.model_folder import read_bytes, read_json_object, tokenizer_hash
+from mini_infer.model_folder import read_json_object, read_tokenizer, tokenizer_hash
 
 _MAX_ID = 2**32 - 1
 """Ids of the tokenizers library are unsigned 32-bit numbers."""
@@ -44,7 +44,7 @@ class TextTokenizer:
         Raises:
             ModelFolderError: Where a file is missing, damaged or not supported.
         """
-        content = read_bytes(folder, "tokenizer.json")
+        content = read_tokenizer(folder)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
             self.decoder = msgspec.json.decode(content, type=_DecoderOnly).decoder
@@ -114,7 +114,7 @@ def _read_special_tokens(folder: Path) -> dict[str, str]:
     if not (folder / "tokenizer_config.json").exists():
         return {}
     found = {}
-    for name, value in read_json_object(folder, "tokenizer_config.json").items():
+    for name, value in read_json_object(folder / "tokenizer_config.json").items():
         text = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text

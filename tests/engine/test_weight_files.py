@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from mini_infer.errors import ModelFolderError
-from mini_infer_engine.model_folder import (
-    MAX_HEADER_BYTES,
-    StoredTensor,
-    read_headers,
-    read_json_object,
-)
+from mini_infer.model_folder import read_json_object
+from mini_infer_engine.weight_files import MAX_HEADER_BYTES, StoredTensor, read_headers
 from safetensors.torch import save_file
 
 MAX_BYTES = 2**21

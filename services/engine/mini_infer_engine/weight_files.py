@@ -1,30 +1,25 @@
-"""Files of a model folder, read as untrusted input: JSON objects and safetensors headers.
+"""The weight files of a model folder: which they are, and their safetensors headers, checked.
 
 A folder comes from anywhere, so every size is bounded before anything is read, parsed or mapped,
-and whatever is wrong ends as `ModelFolderError` with the file's name. `model_config.py` reads
-settings through this module, `loader.py` reads weights. Nothing here needs torch.
+and whatever is wrong ends as `ModelFolderError` with the file's name. Nothing here needs torch;
+`loader.py` reads the weights themselves.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import stat
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 import msgspec
 from mini_infer.errors import ModelFolderError
+from mini_infer.model_folder import opened, read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-MAX_JSON_BYTES = 4 * 2**20
 MAX_INDEX_BYTES = 32 * 2**20
 """Indexes name every tensor; those of the largest public models take about 10 MB."""
 MAX_HEADER_BYTES = 32 * 2**20
@@ -65,44 +60,6 @@ class StoredTensor(msgspec.Struct, frozen=True):
 
 _HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _STORED_TENSOR = msgspec.json.Decoder(StoredTensor)
-
-
-def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
-    """Reads a JSON file that must hold one object.
-
-    Args:
-        path: The file.
-        max_bytes: A larger file is refused unread.
-
-    Raises:
-        ModelFolderError: The file is missing, unreadable, too large, not UTF-8, not JSON, or
-            holds something else than an object.
-    """
-    try:
-        value = json.loads(read_bytes(path, max_bytes).decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ModelFolderError(f"{path} is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelFolderError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Reads a whole small file.
-
-    Args:
-        path: The file.
-        max_bytes: A larger file is refused unread.
-
-    Raises:
-        ModelFolderError: The file is missing, unreadable, too large, or not a regular file.
-    """
-    with _opened(path) as (file, size):
-        if size > max_bytes:
-            raise ModelFolderError(f"{path} has {size} bytes, expected at most {max_bytes}")
-        return file.read(max_bytes)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -218,7 +175,7 @@ def read_header_bytes(path: Path) -> tuple[bytes, int]:
     Raises:
         ModelFolderError: The file is missing, unreadable, or too short for its header.
     """
-    with _opened(path) as (file, size):
+    with opened(path) as (file, size):
         prefix = file.read(_LENGTH.size)
         if len(prefix) < _LENGTH.size:
             raise _damaged(path, f"it has only {size} bytes")
@@ -229,26 +186,6 @@ def read_header_bytes(path: Path) -> tuple[bytes, int]:
     if len(header) < length:
         raise _damaged(path, "it became shorter while it was read")
     return header, size
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a regular file; gives it with its size in bytes."""
-    try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ModelFolderError(f"{path} must be a file")
-            yield file, status.st_size
-    except FileNotFoundError as error:
-        raise ModelFolderError(f"{path} does not exist") from error
-    except OSError as error:
-        raise ModelFolderError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    # A named pipe in the place of a file would otherwise block here for ever.
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _check_shard_name(index: Path, name: object, present: set[str]) -> None:
