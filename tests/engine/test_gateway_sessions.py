@@ -51,8 +51,12 @@ class Line:
         self.num_steps = 0
 
     def hello(self) -> None:
-        self.gateway.send(encode(Hello(PROTOCOL_VERSION, OWNER.decode())))
-        assert isinstance(self.receive(), EngineWelcome)
+        """As gateways do: again each second, since a welcome that the pipe cannot take is lost."""
+        for _ in range(10):
+            self.gateway.send(encode(Hello(PROTOCOL_VERSION, OWNER.decode())))
+            if self.gateway.poll(1000) and isinstance(self.receive(), EngineWelcome):
+                return
+        raise AssertionError("no welcome came")
 
     def receive(self) -> object:
         return from_engine_decoder.decode(self.gateway.recv())
