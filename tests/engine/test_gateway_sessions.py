@@ -19,6 +19,7 @@ from mini_infer.messages import (
     GatewayBeat,
     Hello,
     HelloNeeded,
+    Message,
     StepOutput,
     encode,
     from_engine_decoder,
@@ -51,12 +52,16 @@ class Line:
         self.num_steps = 0
 
     def hello(self) -> None:
-        """As gateways do: again each second, since a welcome that the pipe cannot take is lost."""
-        for _ in range(10):
-            self.gateway.send(encode(Hello(PROTOCOL_VERSION, OWNER.decode())))
-            if self.gateway.poll(1000) and isinstance(self.receive(), EngineWelcome):
-                return
-        raise AssertionError("no welcome came")
+        self.ask(Hello(PROTOCOL_VERSION, OWNER.decode()), EngineWelcome)
+
+    def ask(self, message: Message, answer: type[Message]) -> None:
+        """Asks again until the answer comes, as gateways do: a full pipe may lose answers."""
+        for _ in range(100):
+            self.gateway.send(encode(message))
+            while self.gateway.poll(200):
+                if isinstance(self.receive(), answer):
+                    return
+        raise AssertionError(f"no {answer.__name__} came")
 
     def receive(self) -> object:
         return from_engine_decoder.decode(self.gateway.recv())
@@ -126,9 +131,7 @@ def test_a_gateway_above_the_bound_is_dead_and_may_come_back(
         return KeepOnly(OWNER, frozenset()) in commands
 
     wait(freed)
-    line.gateway.send(encode(GatewayBeat([1])))
-    while not isinstance(message := line.receive(), HelloNeeded):
-        assert isinstance(message, StepOutput)
+    line.ask(GatewayBeat([1]), HelloNeeded)
     line.hello()
     line.num_steps = 0
     line.publish()
