@@ -103,15 +103,15 @@ class TokenizerConfig:
 
     Attributes:
         model: Model folder; empty means the demo model.
-        num_threads: Threads that encode prompts beside the detokenizing loop.
+        num_encode_threads: Threads that encode prompts beside the detokenizing loop.
     """
 
     model: str = ""
-    num_threads: int = 2
+    num_encode_threads: int = 2
 
     def __post_init__(self) -> None:
         """Checks every value."""
-        _raise_if_any(_below("num_threads", self.num_threads, 1))
+        _raise_if_any(_below("num_encode_threads", self.num_encode_threads, 1))
 
     @property
     def model_folder(self) -> Path:

@@ -33,6 +33,7 @@ class ErrorReason(str, Enum):
     DRAINING = "DRAINING"
     NUMERICAL_ERROR = "NUMERICAL_ERROR"
     INTERNAL_ERROR = "INTERNAL_ERROR"
+    UNKNOWN = "UNKNOWN"
 
 
 class MiniInferError(Exception):

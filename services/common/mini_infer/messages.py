@@ -358,7 +358,7 @@ class JobRefused(Message, frozen=True, tag=42):
 
 
 class TextDeltas(Message, frozen=True, tag=43):
-    """The text of a `TextStep`, in columns; a row for every row that came, in its order.
+    """The text of a `TextStep`, in columns; a row for every row whose stream is open, in order.
 
     Text is released a whole token at a time: `texts[i]` is the text of just the next
     `ids_released[i]` ids behind those released before. Ids whose text is not ready (an incomplete
@@ -381,7 +381,10 @@ class TextDeltas(Message, frozen=True, tag=43):
 
 
 class UnknownStreams(Message, frozen=True, tag=44):
-    """A `TextStep` named streams that are not open here (the tokenizer restarted)."""
+    """A `TextStep` named streams that are not open here, or left out ids of them.
+
+    The answer to that step's other rows comes before it. The streams are closed now.
+    """
 
     streams: list[int]
 

@@ -75,8 +75,8 @@ class SamplingParams:
         temperature: Divides the logits, in [0, 100]; 0 is greedy.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         top_p: Keep the smallest set of likeliest tokens whose probability reaches it, (0, 1].
-        seed: Same seed and request, same tokens. None draws one.
-        max_tokens: Output tokens at most, at least 1. None: what the context holds.
+        seed: Same seed and request, same tokens. Unset draws one.
+        max_tokens: Output tokens at most, at least 1. Unset: what the context holds.
         min_tokens: No end of sequence, stop id or stop string before this many tokens.
         stop: Texts that end the output where one first appears; at most 16.
         stop_token_ids: Ids that end the output; at most 64.

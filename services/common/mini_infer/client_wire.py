@@ -1,0 +1,311 @@
+"""Between protobuf and what users of the clients see: requests, responses, errors.
+
+Both clients are thin over this module; nothing here sends or receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
+from grpc_status import rpc_status
+
+from mini_infer.config import DEFAULT_PORT
+from mini_infer.errors import ErrorReason, FieldViolation, MiniInferError
+from mini_infer.messages import FinishAccounting
+from mini_infer.v1 import generate_pb2, inference_service_pb2
+
+ChatMessage = Mapping[str, str]
+"""A turn of a conversation: {"role": "user", "content": "Hello"}."""
+Prompt = str | Sequence[int] | Sequence[ChatMessage]
+"""Text, token ids, or a conversation."""
+
+DEFAULT_ADDRESS = f"127.0.0.1:{DEFAULT_PORT}"
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    # A server that starts up is noticed within half a second.
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+READINESS = health_pb2.HealthCheckRequest(service="readiness")
+READINESS_POLL_S = 0.05
+
+_REQUEST_FIELDS = frozenset({"model", "request_id", "add_special_tokens"})
+_SAMPLING_FIELDS = frozenset({"temperature", "top_k", "top_p", "seed"})
+_STOPPING_FIELDS = frozenset({"max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"})
+_OUTPUT_FIELDS = frozenset(
+    {"ids_only", "stream_interval", "skip_special_tokens", "include_stop_str_in_output"}
+)
+_FINISH_REASONS = {
+    generate_pb2.FINISH_REASON_STOP: "stop",
+    generate_pb2.FINISH_REASON_LENGTH: "length",
+    generate_pb2.FINISH_REASON_ABORTED: "aborted",
+}
+_REASONS_OF_CODES = {grpc.StatusCode.DEADLINE_EXCEEDED: ErrorReason.DEADLINE}
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of `generate`; an absent one takes the server's or the model's default.
+
+    The fields of the same names in `proto/mini_infer/v1/generate.proto` say what they mean.
+    """
+
+    model: str
+    request_id: str
+    add_special_tokens: bool
+    add_generation_prompt: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    max_tokens: int
+    min_tokens: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    ids_only: bool
+    stream_interval: int
+    skip_special_tokens: bool
+    include_stop_str_in_output: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of output.
+
+    Attributes:
+        text: The text of `token_ids`.
+        token_ids: Output ids since the chunk before.
+    """
+
+    text: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of a request."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+class RequestFailed(MiniInferError):
+    """The server ended a request with an error, or could not be reached.
+
+    Attributes:
+        code: The gRPC status code.
+        reason: The cause; UNKNOWN where the server named none, or one that is not known here.
+        message: One sentence for a person.
+        metadata: Machine-readable details.
+        violations: Every bad field of the request.
+        retry_after_s: Seconds after which trying again can help, or None.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        reason: ErrorReason,
+        message: str,
+        metadata: Mapping[str, str] | None = None,
+        violations: Sequence[FieldViolation] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        """Makes an error of what a status says."""
+        super().__init__(reason, message, metadata)
+        self.code = code
+        self.violations = tuple(violations)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        """Code, reason and message."""
+        return f"{self.code.name} ({self.reason.value}): {self.message}"
+
+
+class GenerationProgress:
+    """What a stream has told so far.
+
+    Attributes:
+        request_id: The server's or the client's; None before the first chunk.
+        num_prompt_tokens: None before the first chunk.
+        token_ids: All output ids so far.
+        finish_reason: "stop", "length" or "aborted"; None before the end.
+        matched_stop: The stop string, or the stop or end-of-sequence id, that ended the output.
+        usage: None before the end.
+        seed: The seed that was used; None before the end.
+        accounting: Where the time went; None before the end, or where the server did not say.
+    """
+
+    def __init__(self) -> None:
+        """Knows nothing yet."""
+        self.request_id: str | None = None
+        self.num_prompt_tokens: int | None = None
+        self.token_ids: list[int] = []
+        self.finish_reason: str | None = None
+        self.matched_stop: str | int | None = None
+        self.usage: Usage | None = None
+        self.seed: int | None = None
+        self.accounting: FinishAccounting | None = None
+        self._texts: list[str] = []
+
+    def _text_so_far(self) -> str:
+        return "".join(self._texts)
+
+    def _read(self, response: generate_pb2.GenerateResponse) -> Chunk | None:
+        """Takes a message in; gives a chunk where it holds output."""
+        if response.HasField("request_id"):
+            self.request_id = response.request_id
+            self.num_prompt_tokens = response.num_prompt_tokens
+        match response.WhichOneof("event"):
+            case "delta":
+                chunk = Chunk(response.delta.text, list(response.delta.token_ids))
+                self._texts.append(chunk.text)
+                self.token_ids += chunk.token_ids
+                return chunk
+            case "choice_finished":
+                choice = response.choice_finished
+                self.finish_reason = _FINISH_REASONS.get(choice.finish_reason, "unknown")
+                matched = choice.WhichOneof("matched_stop")
+                self.matched_stop = getattr(choice, matched) if matched else None
+            case "finished":
+                usage = response.finished.usage
+                self.usage = Usage(usage.num_prompt_tokens, usage.num_output_tokens)
+                self.seed = response.finished.seed
+        return None
+
+    def _read_trailers(self, metadata: Any) -> None:
+        """Takes in the trailing metadata of a call that ended well."""
+        values = {key: value for key, value in metadata or () if key.startswith("mini-infer-")}
+        if "mini-infer-steps" in values:
+            self.accounting = FinishAccounting(
+                queue_ms=float(values["mini-infer-queue-ms"]),
+                prefill_ms=float(values["mini-infer-prefill-ms"]),
+                decode_ms=float(values["mini-infer-decode-ms"]),
+                num_cached_tokens=int(values["mini-infer-cached-tokens"]),
+                num_preemptions=int(values["mini-infer-preemptions"]),
+                num_steps=int(values["mini-infer-steps"]),
+            )
+
+
+def generate_request(prompt: Prompt, options: GenerateOptions) -> generate_pb2.GenerateRequest:
+    """The message of a `generate` call.
+
+    Raises:
+        TypeError: Where an option is not known.
+    """
+    given: dict[str, Any] = {**options}
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    add_generation_prompt = given.pop("add_generation_prompt", None)
+    request = generate_pb2.GenerateRequest(
+        **_take(given, _REQUEST_FIELDS),
+        sampling=generate_pb2.SamplingOptions(**_take(given, _SAMPLING_FIELDS)),
+        stopping=generate_pb2.StoppingOptions(**_take(given, _STOPPING_FIELDS)),
+        output=generate_pb2.OutputOptions(**_take(given, _OUTPUT_FIELDS)),
+    )
+    if given:
+        raise TypeError(f"generate() got unknown options: {', '.join(sorted(given))}")
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], Mapping):
+        request.chat.CopyFrom(_chat(prompt, add_generation_prompt))
+    else:
+        request.token_ids.CopyFrom(generate_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
+    return request
+
+
+def tokenize_request(
+    source: str | Sequence[ChatMessage],
+    add_special_tokens: bool | None,
+    add_generation_prompt: bool | None,
+) -> inference_service_pb2.TokenizeRequest:
+    """The message of a `tokenize` call."""
+    request = inference_service_pb2.TokenizeRequest(add_special_tokens=add_special_tokens)
+    if isinstance(source, str):
+        request.text = source
+    else:
+        request.chat.CopyFrom(_chat(source, add_generation_prompt))
+    return request
+
+
+def request_failed(error: grpc.RpcError) -> RequestFailed:
+    """What the status of a failed call says."""
+    # Every RpcError of a client's call is such a call itself; the stubs do not say so.
+    call: Any = error
+    code, message = call.code(), call.details() or ""
+    reason = _REASONS_OF_CODES.get(code, ErrorReason.UNKNOWN)
+    metadata: dict[str, str] = {}
+    violations: list[FieldViolation] = []
+    retry_after_s = None
+    for detail in _details(call):
+        if isinstance(detail, error_details_pb2.ErrorInfo):
+            reason, metadata = _reason(detail.reason), dict(detail.metadata)
+        elif isinstance(detail, error_details_pb2.BadRequest):
+            violations = [
+                FieldViolation(each.field, each.description, _reason(each.reason))
+                for each in detail.field_violations
+            ]
+        else:
+            retry_after_s = detail.retry_delay.ToTimedelta().total_seconds()
+    return RequestFailed(code, reason, message, metadata, violations, retry_after_s)
+
+
+def cancelled() -> RequestFailed:
+    """What reading a stream raises after its `cancel`."""
+    return RequestFailed(grpc.StatusCode.CANCELLED, ErrorReason.UNKNOWN, "cancelled by the client")
+
+
+def not_ready_in_time(timeout: float) -> RequestFailed:
+    """What `wait_until_ready` raises."""
+    return RequestFailed(
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        ErrorReason.DEADLINE,
+        f"the server was not ready within {timeout:g} s",
+    )
+
+
+def _details(
+    call: Any,
+) -> list[error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo]:
+    try:
+        status: status_pb2.Status | None = rpc_status.from_call(call)
+    except ValueError:  # Details that contradict the status: some proxy made the one or other.
+        return []
+    found = []
+    for packed in status.details if status else ():
+        for kind in (
+            error_details_pb2.ErrorInfo,
+            error_details_pb2.BadRequest,
+            error_details_pb2.RetryInfo,
+        ):
+            detail = kind()
+            if packed.Unpack(detail):
+                found.append(detail)
+    return found
+
+
+def _reason(name: str) -> ErrorReason:
+    try:
+        return ErrorReason(name)
+    except ValueError:  # Of a newer server.
+        return ErrorReason.UNKNOWN
+
+
+def _take(given: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    """Moves the named options out."""
+    return {name: given.pop(name) for name in names & given.keys()}
+
+
+def _chat(messages: Any, add_generation_prompt: bool | None) -> generate_pb2.Chat:
+    return generate_pb2.Chat(
+        messages=[
+            generate_pb2.ChatMessage(
+                role=message["role"], content=[generate_pb2.ContentPart(text=message["content"])]
+            )
+            for message in messages
+        ],
+        add_generation_prompt=add_generation_prompt,
+    )

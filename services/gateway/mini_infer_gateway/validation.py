@@ -1,0 +1,260 @@
+"""Checks of what clients send: every violation of a request is told at once.
+
+Fields that are not built yet are refused where they are set, never ignored. Each field of a
+request message stands in exactly one of two tables, `SUPPORTED_FIELDS` and `UNSUPPORTED_FIELDS`;
+a test walks the descriptors and compares.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from mini_infer.errors import ErrorReason, FieldViolation, InvalidRequestError, MiniInferError
+from mini_infer.messages import EngineWelcome
+from mini_infer.v1 import generate_pb2, inference_service_pb2
+
+from mini_infer_gateway import wire
+from mini_infer_gateway.request import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
+
+SUPPORTED_FIELDS = frozenset(
+    {
+        "GenerateRequest.text",
+        "GenerateRequest.token_ids",
+        "GenerateRequest.chat",
+        "GenerateRequest.model",
+        "GenerateRequest.request_id",
+        "GenerateRequest.sampling",
+        "GenerateRequest.stopping",
+        "GenerateRequest.output",
+        "GenerateRequest.add_special_tokens",
+        "TokenIds.ids",
+        "Chat.messages",
+        "Chat.add_generation_prompt",
+        "ChatMessage.role",
+        "ChatMessage.content",
+        "ContentPart.text",
+        "SamplingOptions.temperature",
+        "SamplingOptions.top_k",
+        "SamplingOptions.top_p",
+        "SamplingOptions.seed",
+        "StoppingOptions.max_tokens",
+        "StoppingOptions.min_tokens",
+        "StoppingOptions.stop",
+        "StoppingOptions.stop_token_ids",
+        "StoppingOptions.ignore_eos",
+        "OutputOptions.ids_only",
+        "OutputOptions.stream_interval",
+        "OutputOptions.skip_special_tokens",
+        "OutputOptions.include_stop_str_in_output",
+        "TokenizeRequest.text",
+        "TokenizeRequest.chat",
+        "TokenizeRequest.add_special_tokens",
+        "DetokenizeRequest.token_ids",
+        "DetokenizeRequest.skip_special_tokens",
+        "AbortRequest.request_id",
+    }
+)
+UNSUPPORTED_FIELDS = {
+    "GenerateRequest.adapter": ErrorReason.FIELD_NOT_SUPPORTED,
+    "GenerateRequest.priority": ErrorReason.FIELD_NOT_SUPPORTED,
+    "GenerateRequest.cache_salt": ErrorReason.FIELD_NOT_SUPPORTED,
+    "GenerateRequest.structured_output": ErrorReason.FIELD_NOT_SUPPORTED,
+    "Chat.tools": ErrorReason.FIELD_NOT_SUPPORTED,
+    "Chat.template_kwargs": ErrorReason.FIELD_NOT_SUPPORTED,
+    "ContentPart.image_url": ErrorReason.UNSUPPORTED_MODALITY,
+    "ContentPart.audio_url": ErrorReason.UNSUPPORTED_MODALITY,
+    "SamplingOptions.n": ErrorReason.FIELD_NOT_SUPPORTED,
+    "OutputOptions.logprobs": ErrorReason.FIELD_NOT_SUPPORTED,
+    "OutputOptions.prompt_logprobs": ErrorReason.FIELD_NOT_SUPPORTED,
+}
+"""A message type that stands here as a field is refused as a whole."""
+
+MAX_STREAM_INTERVAL = 1024
+MAX_LISTED_TOKEN_IDS = 8
+"""Bad ids that are named; a prompt may hold millions of them."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def check_generate(
+    message: generate_pb2.GenerateRequest, model: EngineWelcome, max_prompt_bytes: int
+) -> GenerationRequest:
+    """The request that a message stands for.
+
+    Raises:
+        MiniInferError: MODEL_NOT_FOUND where another model is asked for.
+        InvalidRequestError: With every violation.
+    """
+    if message.model and message.model != model.model:
+        raise MiniInferError(
+            ErrorReason.MODEL_NOT_FOUND,
+            f"expected model {model.model}, got {message.model[:128]}",
+            {"model": message.model[:128], "served": model.model},
+        )
+    prompt = wire.read_prompt(message)
+    params = wire.read_sampling_params(message)
+    request_id = wire.optional_field(message, "request_id")
+    stream_interval = wire.optional_field(message.output, "stream_interval", 1)
+    violations = [
+        *_unsupported_fields(message),
+        *_prompt_violations(prompt, message, model.vocab_size, max_prompt_bytes),
+        *params.violations(model.vocab_size),
+    ]
+    if request_id is not None:
+        violations += _request_id_violations(request_id)
+    if not 1 <= stream_interval <= MAX_STREAM_INTERVAL:
+        expected = f"expected 1 to {MAX_STREAM_INTERVAL}, got {stream_interval}"
+        violations.append(FieldViolation("output.stream_interval", expected))
+    if violations or prompt is None:
+        raise InvalidRequestError(violations)
+    return GenerationRequest(
+        request_id=uuid.uuid4().hex if request_id is None else request_id,
+        prompt=prompt,
+        params=params,
+        ids_only=message.output.ids_only,
+        stream_interval=stream_interval,
+    )
+
+
+def check_tokenize(
+    message: inference_service_pb2.TokenizeRequest, max_prompt_bytes: int
+) -> TextPrompt | ChatPrompt:
+    """What a message asks to encode; an empty text is fine.
+
+    Raises:
+        InvalidRequestError: With every violation.
+    """
+    source = wire.read_tokenize_input(message)
+    violations = _unsupported_fields(message)
+    match source:
+        case None:
+            violations.append(FieldViolation("input", "expected text or chat, got neither"))
+        case TextPrompt():
+            violations += _size_violations("text", [source.text], max_prompt_bytes)
+        case ChatPrompt():
+            violations += _chat_violations(source, message.chat, max_prompt_bytes)
+    if violations or source is None:
+        raise InvalidRequestError(violations)
+    return source
+
+
+def check_detokenize(
+    message: inference_service_pb2.DetokenizeRequest, model: EngineWelcome
+) -> tuple[list[int], bool]:
+    """The ids that a message asks to decode, and whether special tokens are left out.
+
+    Raises:
+        InvalidRequestError: With every violation.
+    """
+    token_ids = list(message.token_ids)
+    violations = _token_id_violations("token_ids", token_ids, model.vocab_size)
+    if violations:
+        raise InvalidRequestError(violations)
+    return token_ids, wire.optional_field(message, "skip_special_tokens", True)
+
+
+def check_abort(message: inference_service_pb2.AbortRequest) -> str:
+    """The id of the request that a message asks to end.
+
+    Raises:
+        InvalidRequestError: Where it cannot be an id.
+    """
+    violations = _request_id_violations(message.request_id)
+    if violations:
+        raise InvalidRequestError(violations)
+    return message.request_id
+
+
+def _unsupported_fields(message: Message) -> list[FieldViolation]:
+    """The fields that are set and not supported."""
+    return list(_walk(message, ""))
+
+
+def _walk(message: Message, prefix: str) -> Iterator[FieldViolation]:
+    for field, value in message.ListFields():
+        path = prefix + field.name
+        reason = UNSUPPORTED_FIELDS.get(f"{message.DESCRIPTOR.name}.{field.name}")
+        if reason is not None:
+            yield FieldViolation(path, "is not supported: leave it unset", reason)
+        elif field.type != FieldDescriptor.TYPE_MESSAGE:
+            continue
+        elif isinstance(value, Message):
+            yield from _walk(value, path + ".")
+        else:
+            for index, element in enumerate(value):
+                yield from _walk(element, f"{path}[{index}].")
+
+
+def _prompt_violations(
+    prompt: TextPrompt | ChatPrompt | TokenPrompt | None,
+    message: generate_pb2.GenerateRequest,
+    vocab_size: int,
+    max_prompt_bytes: int,
+) -> list[FieldViolation]:
+    match prompt:
+        case None:
+            return [FieldViolation("prompt", "expected text, token_ids or chat, got none")]
+        case TextPrompt(text=""):
+            return [FieldViolation("text", "expected a text, got an empty one")]
+        case TextPrompt(text=text):
+            return _size_violations("text", [text], max_prompt_bytes)
+        case TokenPrompt(token_ids=[]):
+            return [FieldViolation("token_ids.ids", "expected at least 1 id, got none")]
+        case TokenPrompt(token_ids=token_ids):
+            return _token_id_violations("token_ids.ids", token_ids, vocab_size)
+        case ChatPrompt():
+            return _chat_violations(prompt, message.chat, max_prompt_bytes)
+
+
+def _size_violations(
+    field: str, texts: Iterable[str], max_prompt_bytes: int
+) -> list[FieldViolation]:
+    num_bytes = sum(len(text.encode()) for text in texts)
+    if num_bytes <= max_prompt_bytes:
+        return []
+    description = f"expected at most {max_prompt_bytes} bytes of UTF-8, got {num_bytes}"
+    return [FieldViolation(field, description, ErrorReason.PROMPT_TOO_LARGE)]
+
+
+def _token_id_violations(
+    field: str, token_ids: Sequence[int], vocab_size: int
+) -> list[FieldViolation]:
+    if not token_ids or max(token_ids) < vocab_size:
+        return []
+    bad = [index for index, token_id in enumerate(token_ids) if token_id >= vocab_size]
+    return [
+        FieldViolation(
+            f"{field}[{index}]", f"expected 0 to {vocab_size - 1}, got {token_ids[index]}"
+        )
+        for index in bad[:MAX_LISTED_TOKEN_IDS]
+    ]
+
+
+def _chat_violations(
+    prompt: ChatPrompt, chat: generate_pb2.Chat, max_prompt_bytes: int
+) -> list[FieldViolation]:
+    if not prompt.messages:
+        return [FieldViolation("chat.messages", "expected at least 1 message, got none")]
+    contents = [each.content for each in prompt.messages]
+    found = _size_violations("chat", contents, max_prompt_bytes)
+    for index, message in enumerate(chat.messages):
+        field = f"chat.messages[{index}]"
+        if not message.role:
+            found.append(FieldViolation(f"{field}.role", "expected a role, got none"))
+        if not message.content:
+            found.append(FieldViolation(f"{field}.content", "expected at least 1 part, got none"))
+        for part_index, part in enumerate(message.content):
+            if part.WhichOneof("part") is None:
+                path = f"{field}.content[{part_index}]"
+                found.append(FieldViolation(path, "expected a text, got none"))
+    return found
+
+
+def _request_id_violations(request_id: str) -> list[FieldViolation]:
+    if _REQUEST_ID.fullmatch(request_id):
+        return []
+    expected = "expected 1 to 128 characters of [A-Za-z0-9._-]"
+    return [FieldViolation("request_id", f"{expected}, got {request_id[:128]!r}")]

@@ -1,0 +1,203 @@
+"""Between protobuf and the gateway's own types: the one place that knows both.
+
+Reading never fails: what a message says is carried over, and `validation.py` judges it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+from mini_infer.messages import EngineBeat, EngineWelcome, FinishAccounting, WireChatMessage
+from mini_infer.sampling_params import SamplingParams
+from mini_infer.v1 import generate_pb2, inference_service_pb2
+
+from mini_infer_gateway.mailbox import Ending, EndReason
+from mini_infer_gateway.request import ChatPrompt, TextPrompt, TokenPrompt
+
+_FINISH_REASONS = {
+    EndReason.STOP: generate_pb2.FINISH_REASON_STOP,
+    EndReason.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
+    EndReason.ABORTED: generate_pb2.FINISH_REASON_ABORTED,
+}
+
+
+def optional_field(message: Message, name: str, default: Any = None) -> Any:
+    """The value of an `optional` field, or the default where it is absent."""
+    return getattr(message, name) if message.HasField(name) else default
+
+
+def read_prompt(
+    message: generate_pb2.GenerateRequest,
+) -> TextPrompt | ChatPrompt | TokenPrompt | None:
+    """The prompt of a request, None where none is set."""
+    match message.WhichOneof("prompt"):
+        case "text":
+            return TextPrompt(message.text, optional_field(message, "add_special_tokens", True))
+        case "chat":
+            return read_chat(message.chat)
+        case "token_ids":
+            return TokenPrompt(list(message.token_ids.ids))
+        case _:
+            return None
+
+
+def read_tokenize_input(
+    message: inference_service_pb2.TokenizeRequest,
+) -> TextPrompt | ChatPrompt | None:
+    """The input of a Tokenize call, None where none is set."""
+    match message.WhichOneof("input"):
+        case "text":
+            return TextPrompt(message.text, optional_field(message, "add_special_tokens", True))
+        case "chat":
+            return read_chat(message.chat)
+        case _:
+            return None
+
+
+def read_chat(chat: generate_pb2.Chat) -> ChatPrompt:
+    """A conversation; the texts of a message's parts are joined."""
+    return ChatPrompt(
+        messages=tuple(
+            WireChatMessage(each.role, "".join(part.text for part in each.content))
+            for each in chat.messages
+        ),
+        add_generation_prompt=optional_field(chat, "add_generation_prompt", True),
+    )
+
+
+def read_sampling_params(message: generate_pb2.GenerateRequest) -> SamplingParams:
+    """Sampling and stopping of a request."""
+    sampling, stopping, output = message.sampling, message.stopping, message.output
+    return SamplingParams(
+        temperature=optional_field(sampling, "temperature"),
+        top_k=optional_field(sampling, "top_k"),
+        top_p=optional_field(sampling, "top_p"),
+        seed=optional_field(sampling, "seed"),
+        max_tokens=optional_field(stopping, "max_tokens"),
+        min_tokens=stopping.min_tokens,
+        stop=tuple(stopping.stop),
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+        skip_special_tokens=optional_field(output, "skip_special_tokens", True),
+        include_stop_str_in_output=output.include_stop_str_in_output,
+    )
+
+
+class ResponseWriter:
+    """Makes the messages of one Generate stream, numbered from 0."""
+
+    def __init__(self, request_id: str, num_prompt_tokens: int, seed: int) -> None:
+        """Begins a stream.
+
+        Args:
+            request_id: Told in the first message.
+            num_prompt_tokens: Told in the first message and in the usage.
+            seed: Told in the last message.
+        """
+        self._request_id = request_id
+        self._num_prompt_tokens = num_prompt_tokens
+        self._seed = seed
+        self._seq = 0
+
+    def delta(self, text: str, token_ids: list[int]) -> generate_pb2.GenerateResponse:
+        """More output."""
+        return self._number(
+            generate_pb2.GenerateResponse(delta=generate_pb2.Delta(text=text, token_ids=token_ids))
+        )
+
+    def choice_finished(self, ending: Ending) -> generate_pb2.GenerateResponse:
+        """The end of the choice."""
+        finished = generate_pb2.ChoiceFinished(
+            finish_reason=_FINISH_REASONS[ending.reason],
+            num_output_tokens=ending.num_output_tokens,
+            stop_string=ending.stop_string,
+            stop_token_id=ending.stop_token_id,
+        )
+        return self._number(generate_pb2.GenerateResponse(choice_finished=finished))
+
+    def finished(self, ending: Ending) -> generate_pb2.GenerateResponse:
+        """The end of the call."""
+        usage = generate_pb2.Usage(
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=ending.num_output_tokens,
+        )
+        finished = generate_pb2.Finished(usage=usage, seed=self._seed)
+        return self._number(generate_pb2.GenerateResponse(finished=finished))
+
+    def _number(self, response: generate_pb2.GenerateResponse) -> generate_pb2.GenerateResponse:
+        if self._seq == 0:
+            response.request_id = self._request_id
+            response.num_prompt_tokens = self._num_prompt_tokens
+        response.seq = self._seq
+        self._seq += 1
+        return response
+
+
+def accounting_metadata(accounting: FinishAccounting) -> tuple[tuple[str, str], ...]:
+    """Where a stream's time went, as trailing metadata."""
+    return (
+        ("mini-infer-queue-ms", f"{accounting.queue_ms:.3f}"),
+        ("mini-infer-prefill-ms", f"{accounting.prefill_ms:.3f}"),
+        ("mini-infer-decode-ms", f"{accounting.decode_ms:.3f}"),
+        ("mini-infer-cached-tokens", str(accounting.num_cached_tokens)),
+        ("mini-infer-preemptions", str(accounting.num_preemptions)),
+        ("mini-infer-steps", str(accounting.num_steps)),
+    )
+
+
+def model_info(
+    engine: EngineWelcome, *, has_chat_template: bool
+) -> inference_service_pb2.GetModelInfoResponse:
+    """The model that is served."""
+    defaults = engine.defaults
+    return inference_service_pb2.GetModelInfoResponse(
+        model=engine.model,
+        architecture=engine.architecture,
+        max_context_tokens=engine.max_model_len,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=engine.eos_token_ids,
+        has_chat_template=has_chat_template,
+        dtype=engine.dtype,
+        default_sampling=generate_pb2.SamplingOptions(
+            temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p
+        ),
+        fingerprint=engine.fingerprint,
+    )
+
+
+def server_info(
+    *,
+    version: str,
+    uptime_s: float,
+    num_active_requests: int,
+    draining: bool,
+    engines: Sequence[tuple[EngineWelcome | None, EngineBeat | None]],
+) -> inference_service_pb2.GetServerInfoResponse:
+    """The state of the server."""
+    return inference_service_pb2.GetServerInfoResponse(
+        version=version,
+        uptime_seconds=uptime_s,
+        num_active_requests=num_active_requests,
+        draining=draining,
+        engines=[_engine_info(welcome, beat) for welcome, beat in engines],
+    )
+
+
+def _engine_info(
+    welcome: EngineWelcome | None, beat: EngineBeat | None
+) -> inference_service_pb2.EngineInfo:
+    info = inference_service_pb2.EngineInfo(ready=welcome is not None)
+    if welcome is not None:
+        info.engine_id = welcome.engine_id
+        info.epoch = welcome.epoch
+        info.num_blocks = welcome.num_blocks
+        info.block_size = welcome.block_size
+    if welcome is not None and beat is not None:
+        info.num_steps = beat.num_steps
+        info.num_running = beat.num_running
+        info.num_waiting = beat.num_waiting
+        info.num_used_blocks = beat.num_used_blocks
+        info.num_preemptions = beat.num_preemptions
+    return info

@@ -1,0 +1,102 @@
+"""What the gateway's tests share beside fixtures: child processes, gateways, requests under way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gateway.stand_ins import StandInEngine
+from mini_infer import AsyncClient
+from mini_infer.client import RequestFailed
+from mini_infer.config import bundled_model
+from mini_infer.messages import Submit
+from mini_infer_engine.scripted import ordinary_token_ids, scripted_token
+from mini_infer_gateway.server import Gateway
+
+ORDINARY_IDS = ordinary_token_ids(bundled_model("demo"))
+
+
+@dataclass
+class Process:
+    """A child process that serves on a ZeroMQ address."""
+
+    address: str
+    command: list[str]
+    popen: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.popen = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+
+    def kill(self, signal_number: int = signal.SIGKILL) -> None:
+        assert self.popen is not None
+        os.kill(self.popen.pid, signal_number)
+        self.popen.wait()
+
+
+@dataclass
+class RunningGateway:
+    """A gateway in this process, and a client of it."""
+
+    gateway: Gateway
+    address: str
+    client: AsyncClient
+
+    @property
+    def engine_link(self) -> Any:
+        return self.gateway.peers.engine_links[0]
+
+    @property
+    def tokenizer_link(self) -> Any:
+        return self.gateway.peers.tokenizer_links[0]
+
+
+StartGateway = Callable[..., Awaitable[RunningGateway]]
+
+
+def tokenizer_process(folder: Path) -> Process:
+    return _process("mini_infer_tokenizer", f"ipc://{folder}/tokenizer")
+
+
+def scripted_engine_process(folder: Path, name: str, **options: float) -> Process:
+    address = f"ipc://{folder}/{name}"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return _process("mini_infer_engine.scripted", address, *flags)
+
+
+def _process(module: str, address: str, *flags: str) -> Process:
+    model = str(bundled_model("demo"))
+    return Process(
+        address, [sys.executable, "-m", module, "--model", model, "--address", address, *flags]
+    )
+
+
+def failure(task: asyncio.Task[Any]) -> RequestFailed:
+    error = task.exception()
+    assert isinstance(error, RequestFailed)
+    return error
+
+
+async def begin(
+    served: RunningGateway, engine: StandInEngine, **options: Any
+) -> tuple[Any, asyncio.Task[str], int]:
+    """A request whose first token is delivered: stream, reading task, stream number."""
+    options.setdefault("ids_only", True)
+    stream = served.client.generate([5], **options)
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    await engine.step(submit.stream, 0, [5])
+    while not stream.token_ids:
+        await asyncio.sleep(0.005)
+    return stream, reading, submit.stream
+
+
+def expected_ids(seed: int, num_tokens: int) -> list[int]:
+    """The output of the scripted engine."""
+    return [scripted_token(seed, position, ORDINARY_IDS) for position in range(num_tokens)]

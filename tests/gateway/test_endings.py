@@ -1,0 +1,220 @@
+"""The ways in which a stream ends, and what engine and tokenizer are told then."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import msgspec
+import pytest
+from gateway.harness import RunningGateway, StartGateway, begin, failure
+from gateway.stand_ins import ENGINE_WELCOME, StandInEngine
+from mini_infer import AsyncClient
+from mini_infer.client import RequestFailed
+from mini_infer.errors import ErrorReason
+from mini_infer.messages import Abort, FinishCode, Refused, Submit
+from mini_infer.v1 import generate_pb2
+from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceStub
+
+
+async def until_idle(served: RunningGateway) -> None:
+    while served.gateway.admission.num_active or served.tokenizer_link.num_streams:
+        await asyncio.sleep(0.005)
+    assert served.engine_link.num_streams == 0
+
+
+@pytest.mark.parametrize("ids_only", [True, False], ids=["ids", "text"])
+async def test_cancel_aborts_in_the_engine(
+    served: RunningGateway, engine: StandInEngine, ids_only: bool
+) -> None:
+    stream, reading, number = await begin(served, engine, ids_only=ids_only)
+    stream.cancel()
+    assert await engine.next(Abort) == Abort([number], answer=False)
+    await asyncio.wait([reading])
+    await until_idle(served)
+
+
+async def test_cancel_before_the_first_token(served: RunningGateway, engine: StandInEngine) -> None:
+    stream = served.client.generate("Once")
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    stream.cancel()
+    assert await engine.next(Abort) == Abort([submit.stream])
+    await asyncio.wait([reading])
+    assert failure(reading).code is grpc.StatusCode.CANCELLED
+    await until_idle(served)
+
+
+async def test_death_of_the_client_aborts_in_the_engine(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    other = AsyncClient(served.address)
+    reading = asyncio.create_task(other.generate([5]).text())
+    submit = await engine.next(Submit)
+    await other.close()
+    assert await engine.next(Abort) == Abort([submit.stream])
+    await asyncio.wait([reading])
+    await until_idle(served)
+
+
+async def test_deadline_aborts_in_the_engine(served: RunningGateway, engine: StandInEngine) -> None:
+    _, reading, number = await begin(served, engine, timeout=0.3)
+    assert await engine.next(Abort) == Abort([number])
+    await asyncio.wait([reading])
+    assert failure(reading).code is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until_idle(served)
+
+
+async def test_deadline_that_the_engine_sees_first(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    _, reading, number = await begin(served, engine)
+    await engine.step(number, 1, [], FinishCode.DEADLINE)
+    await asyncio.wait([reading])
+    assert failure(reading).code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert failure(reading).reason is ErrorReason.DEADLINE
+
+
+@pytest.mark.parametrize("ids_only", [True, False], ids=["ids", "text"])
+async def test_abort_ends_regularly(
+    served: RunningGateway, engine: StandInEngine, ids_only: bool
+) -> None:
+    stream, reading, number = await begin(served, engine, request_id="a", ids_only=ids_only)
+    await served.client.abort("a")
+    assert await engine.next(Abort) == Abort([number], answer=True)
+    await engine.step(number, 1, [], FinishCode.ABORTED)
+    await reading
+    assert stream.finish_reason == "aborted"
+    assert stream.usage.num_output_tokens == 1
+    assert stream.accounting is not None
+    await until_idle(served)
+
+
+async def test_end_of_sequence_is_told(served: RunningGateway, engine: StandInEngine) -> None:
+    stream, reading, number = await begin(served, engine)
+    await engine.step(number, 1, [7, 2], FinishCode.STOP_TOKEN, stop_token_id=2)
+    await reading
+    assert (stream.finish_reason, stream.matched_stop) == ("stop", 2)
+    assert stream.token_ids == [5, 7, 2]
+
+
+async def test_stop_string_aborts_in_the_engine_and_drops_what_follows(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    token_ids = await served.client.tokenize(" fox and moon", add_special_tokens=False)
+    num_kept = len(await served.client.tokenize(" fox", add_special_tokens=False))
+    stream = served.client.generate([5], stop="fox")
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    await engine.step(submit.stream, 0, token_ids)
+    await engine.step(submit.stream, len(token_ids), [9])
+    assert await engine.next(Abort) == Abort([submit.stream])
+    assert await reading == " "
+    assert stream.finish_reason == "stop"
+    assert stream.usage.num_output_tokens == len(stream.token_ids) == num_kept
+    await until_idle(served)
+
+
+async def test_stop_string_wins_over_an_end_at_the_same_token(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    token_ids = await served.client.tokenize(" fox", add_special_tokens=False)
+    stream = served.client.generate([5], stop="fox")
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    await engine.step(submit.stream, 0, token_ids, FinishCode.LENGTH)
+    await reading
+    assert (stream.finish_reason, stream.matched_stop) == ("stop", "fox")
+
+
+async def test_refusal_of_the_engine_is_the_status(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    reading = asyncio.create_task(served.client.generate([5]).text())
+    submit = await engine.next(Submit)
+    await engine.send(Refused(submit.stream, ErrorReason.KV_EXHAUSTED, "too long", {"limit": "9"}))
+    await asyncio.wait([reading])
+    error = failure(reading)
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (error.reason, error.message) == (ErrorReason.KV_EXHAUSTED, "too long")
+    assert error.metadata == {"limit": "9"}
+
+
+async def test_queue_full_pushes_back(
+    folder: Path, engine: StandInEngine, tokenizer_address: str, start_gateway: StartGateway
+) -> None:
+    served = await start_gateway(
+        f"ipc://{folder}/engine", tokenizer_address, max_concurrent_requests=1
+    )
+    first = asyncio.create_task(served.client.generate([5]).text())
+    await engine.next(Submit)
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        request = generate_pb2.GenerateRequest(token_ids=generate_pb2.TokenIds(ids=[5]))
+        call = InferenceServiceStub(channel).Generate(request)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call.read()
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(await call.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+    with pytest.raises(RequestFailed) as caught:
+        await served.client.generate([5]).text()
+    assert caught.value.reason is ErrorReason.QUEUE_FULL
+    assert caught.value.retry_after_s == 1
+    first.cancel()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "cause"),
+    [
+        pytest.param(3, "nothing was read", id="write stalls"),
+        pytest.param(12, "tokens wait to be read", id="mailbox is full"),
+    ],
+)
+async def test_a_client_that_does_not_read_is_ended_and_harms_nobody(
+    folder: Path, tokenizer_address: str, start_gateway: StartGateway, num_rows: int, cause: str
+) -> None:
+    welcome = msgspec.structs.replace(ENGINE_WELCOME, max_model_len=10**7)
+    engine = StandInEngine(f"ipc://{folder}/engine", welcome)
+    served = await start_gateway(f"ipc://{folder}/engine", tokenizer_address, write_stall_s=0.3)
+    # A small window, so that little is enough to fill it.
+    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+    async with grpc.aio.insecure_channel(served.address, options) as channel:
+        request = generate_pb2.GenerateRequest(
+            token_ids=generate_pb2.TokenIds(ids=[5]),
+            output=generate_pb2.OutputOptions(ids_only=True),
+        )
+        slow = InferenceServiceStub(channel).Generate(request)
+        number = (await engine.next(Submit)).stream
+        stream, reading, other = await begin(served, engine)
+        row = 30_000
+        for index in range(num_rows):
+            await engine.step(number, index * row, [4000] * row)
+            await engine.step(other, index + 1, [6])
+            while len(stream.token_ids) < index + 2:
+                await asyncio.sleep(0.005)
+        assert await engine.next(Abort) == Abort([number])
+        await engine.step(other, num_rows + 1, [7], FinishCode.LENGTH)
+        await reading
+        assert stream.token_ids == [5] + [6] * num_rows + [7]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in slow:
+                pass
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert cause in (caught.value.details() or "")
+    await engine.close()
+
+
+async def test_real_engine_is_idle_again_after_cancels(scripted: RunningGateway) -> None:
+    streams = [scripted.client.generate("Hello", seed=seed) for seed in range(16)]
+    readings = [asyncio.create_task(stream.text()) for stream in streams]
+    while not all(stream.token_ids for stream in streams):
+        await asyncio.sleep(0.01)
+    for stream in streams:
+        stream.cancel()
+    await asyncio.wait(readings)
+    await until_idle(scripted)
+    while True:
+        info = (await scripted.client.server_info()).engines[0]
+        if (info.num_running, info.num_waiting, info.num_used_blocks) == (0, 0, 0):
+            break
+        await asyncio.sleep(0.05)

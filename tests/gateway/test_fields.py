@@ -1,0 +1,236 @@
+"""What each supported request field does, told to a stand-in engine and the real tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from gateway.harness import RunningGateway, StartGateway
+from gateway.stand_ins import ENGINE_WELCOME, StandInEngine
+from mini_infer.client import RequestFailed
+from mini_infer.messages import Abort, FinishCode, Submit
+from mini_infer_gateway.validation import SUPPORTED_FIELDS
+
+_Test = TypeVar("_Test", bound=Callable[..., Any])
+_exercised: set[str] = set()
+
+
+def exercises(*fields: str) -> Callable[[_Test], _Test]:
+    """Notes which fields a test shows the effect of."""
+    _exercised.update(fields)
+    return lambda test: test
+
+
+def test_each_supported_field_is_exercised() -> None:
+    assert _exercised == SUPPORTED_FIELDS
+
+
+async def submitted(
+    served: RunningGateway, engine: StandInEngine, prompt: Any, **options: Any
+) -> Submit:
+    """What the engine gets for a request, which then ends."""
+    reading = asyncio.create_task(served.client.generate(prompt, **options).text())
+    submit = await engine.next(Submit)
+    await engine.step(submit.stream, 0, [5], FinishCode.LENGTH)
+    await reading
+    return submit
+
+
+async def answered(
+    served: RunningGateway, engine: StandInEngine, output: str, **options: Any
+) -> Any:
+    """The stream of a request whose output is the ids of a text, one a step; read to its end."""
+    token_ids = await served.client.tokenize(output, add_special_tokens=False)
+    stream = served.client.generate("x", **options)
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    for position, token_id in enumerate(token_ids):
+        is_last = position == len(token_ids) - 1
+        finish = FinishCode.LENGTH if is_last else FinishCode.RUNNING
+        await engine.step(submit.stream, position, [token_id], finish)
+    await reading
+    return stream
+
+
+@exercises("GenerateRequest.text", "GenerateRequest.add_special_tokens")
+@exercises("TokenizeRequest.text", "TokenizeRequest.add_special_tokens")
+async def test_text_prompt(served: RunningGateway, engine: StandInEngine) -> None:
+    plain = await served.client.tokenize("Once", add_special_tokens=False)
+    special = await served.client.tokenize("Once")
+    assert special != plain
+    assert special[-len(plain) :] == plain
+    assert (await submitted(served, engine, "Once")).prompt_ids == special
+    submit = await submitted(served, engine, "Once", add_special_tokens=False)
+    assert submit.prompt_ids == plain
+
+
+@exercises("GenerateRequest.token_ids", "TokenIds.ids")
+async def test_token_prompt(served: RunningGateway, engine: StandInEngine) -> None:
+    submit = await submitted(served, engine, [9, 8, 7])
+    assert submit.prompt_ids == [9, 8, 7]
+    assert submit.output_ids == []
+
+
+@exercises("GenerateRequest.chat", "TokenizeRequest.chat", "Chat.messages")
+@exercises("ChatMessage.role", "ChatMessage.content", "ContentPart.text")
+@exercises("Chat.add_generation_prompt")
+async def test_chat_prompt(served: RunningGateway, engine: StandInEngine) -> None:
+    def said(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    prompts = [said("user", "Hi"), said("assistant", "Hi"), said("user", "Ho")]
+    encoded = [await served.client.tokenize(prompt) for prompt in prompts]
+    assert len({tuple(ids) for ids in encoded}) == 3
+    assert (await submitted(served, engine, prompts[0])).prompt_ids == encoded[0]
+
+    without = await served.client.tokenize(prompts[0], add_generation_prompt=False)
+    assert encoded[0][: len(without)] == without != encoded[0]
+    submit = await submitted(served, engine, prompts[0], add_generation_prompt=False)
+    assert submit.prompt_ids == without
+
+
+@exercises("GenerateRequest.model")
+async def test_model(served: RunningGateway, engine: StandInEngine) -> None:
+    await submitted(served, engine, [5], model="demo")
+    await submitted(served, engine, [5], model="")
+    with pytest.raises(RequestFailed, match="MODEL_NOT_FOUND"):
+        await served.client.generate([5], model="other").text()
+
+
+@exercises("GenerateRequest.request_id", "AbortRequest.request_id")
+async def test_request_id_is_unique_while_running_and_can_be_aborted(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    stream = served.client.generate([5], request_id="mine")
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    with pytest.raises(RequestFailed, match="DUPLICATE_REQUEST_ID"):
+        await served.client.generate([5], request_id="mine").text()
+    await served.client.abort("mine")
+    assert await engine.next(Abort) == Abort([submit.stream], answer=True)
+    await engine.step(submit.stream, 0, [5], FinishCode.ABORTED)
+    await reading
+    assert stream.request_id == "mine"
+    assert stream.finish_reason == "aborted"
+    with pytest.raises(RequestFailed, match="REQUEST_NOT_FOUND"):
+        await served.client.abort("mine")
+    await submitted(served, engine, [5], request_id="mine")
+
+
+@exercises("GenerateRequest.sampling", "GenerateRequest.stopping")
+@exercises("SamplingOptions.temperature", "SamplingOptions.top_k", "SamplingOptions.top_p")
+@exercises("SamplingOptions.seed")
+@exercises("StoppingOptions.max_tokens", "StoppingOptions.min_tokens")
+@exercises("StoppingOptions.ignore_eos", "StoppingOptions.stop_token_ids")
+async def test_sampling_reaches_the_engine(served: RunningGateway, engine: StandInEngine) -> None:
+    defaults = (await submitted(served, engine, [5, 6])).sampling
+    assert (defaults.temperature, defaults.top_k, defaults.top_p) == (0.7, 0, 0.95)
+    assert defaults.max_tokens == ENGINE_WELCOME.max_model_len - 2
+    assert (defaults.min_tokens, defaults.ignore_eos, defaults.stop_token_ids) == (0, False, [])
+    zeros = (await submitted(served, engine, [5], temperature=0, top_k=0, seed=0)).sampling
+    assert (zeros.temperature, zeros.top_k, zeros.seed) == (0, 0, 0)
+    given = {
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.25,
+        "seed": 2**64 - 1,
+        "max_tokens": 9,
+        "min_tokens": 3,
+        "ignore_eos": True,
+        "stop_token_ids": [11, 12],
+    }
+    sampling = (await submitted(served, engine, [5], **given)).sampling  # type: ignore[arg-type]
+    assert {name: getattr(sampling, name) for name in given} == given
+
+
+@exercises("StoppingOptions.stop", "OutputOptions.include_stop_str_in_output")
+async def test_stop_string_ends_the_output(served: RunningGateway, engine: StandInEngine) -> None:
+    output = "the fox and the river and the moon"
+    stream = await answered(served, engine, output, stop=["river", "moon"])
+    assert stream._text_so_far() == "the fox and the "
+    assert (stream.finish_reason, stream.matched_stop) == ("stop", "river")
+    assert stream.usage.num_output_tokens == len(stream.token_ids)
+    stream = await answered(served, engine, output, stop="river", include_stop_str_in_output=True)
+    assert stream._text_so_far() == "the fox and the river"
+
+
+async def test_stop_string_counts_after_min_tokens_only(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    output = "the fox and the fox and the end"
+    num_tokens = len(await served.client.tokenize(output, add_special_tokens=False))
+    stream = await answered(
+        served, engine, output, stop="fox", min_tokens=num_tokens - 4, max_tokens=num_tokens
+    )
+    assert stream._text_so_far() == "the fox and the "
+
+
+@exercises("GenerateRequest.output", "OutputOptions.ids_only")
+async def test_ids_only(served: RunningGateway, engine: StandInEngine) -> None:
+    stream = await answered(served, engine, "the fox", ids_only=True)
+    assert stream._text_so_far() == ""
+    assert stream.token_ids == await served.client.tokenize("the fox", add_special_tokens=False)
+    stream = await answered(served, engine, "the fox ran far", ids_only=True, stop=" ran")
+    assert stream._text_so_far() == ""
+    assert stream.matched_stop == " ran"
+
+
+@exercises("OutputOptions.stream_interval")
+async def test_stream_interval(served: RunningGateway, engine: StandInEngine) -> None:
+    stream = served.client.generate([5], stream_interval=3, ids_only=True)
+    sizes = []
+
+    async def read() -> None:
+        async for chunk in stream:
+            sizes.append(len(chunk.token_ids))
+
+    reading = asyncio.create_task(read())
+    submit = await engine.next(Submit)
+    for position in range(7):
+        finish = FinishCode.LENGTH if position == 6 else FinishCode.RUNNING
+        await engine.step(submit.stream, position, [5], finish)
+        await asyncio.sleep(0.01)
+    await reading
+    assert sum(sizes) == 7
+    assert min(sizes[:-1]) >= 3
+
+
+@exercises("OutputOptions.skip_special_tokens")
+@exercises("DetokenizeRequest.token_ids", "DetokenizeRequest.skip_special_tokens")
+async def test_special_tokens(served: RunningGateway, engine: StandInEngine) -> None:
+    special = (await served.client.tokenize("x"))[0]
+    assert await served.client.detokenize([special]) == ""
+    written = await served.client.detokenize([special], skip_special_tokens=False)
+    assert written
+
+    async def text_of(**options: Any) -> str:
+        stream = served.client.generate([5], **options)
+        reading = asyncio.create_task(stream.text())
+        submit = await engine.next(Submit)
+        await engine.step(submit.stream, 0, [special], FinishCode.LENGTH)
+        return await reading
+
+    assert await text_of() == ""
+    assert await text_of(skip_special_tokens=False) == written
+
+
+async def test_deadline_becomes_the_budget(served: RunningGateway, engine: StandInEngine) -> None:
+    assert (await submitted(served, engine, [5])).budget_ms == -1
+    budget_ms = (await submitted(served, engine, [5], timeout=60)).budget_ms
+    # gRPC rounds a timeout up by as much as a hundredth of it.
+    assert 30_000 < budget_ms < 61_000
+
+
+async def test_model_info(
+    folder: Path, engine: StandInEngine, tokenizer_address: str, start_gateway: StartGateway
+) -> None:
+    served = await start_gateway(f"ipc://{folder}/engine", tokenizer_address)
+    info = await served.client.model_info()
+    assert (info.model, info.vocab_size, info.max_context_tokens) == ("demo", 4096, 128)
+    assert list(info.eos_token_ids) == [2]
+    assert info.has_chat_template
+    assert info.default_sampling.temperature == pytest.approx(0.7)
+    assert info.default_sampling.HasField("top_k")

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import pytest
+from gateway.harness import RunningGateway
+from gateway.stand_ins import ENGINE_WELCOME
+from google.protobuf.descriptor import Descriptor
+from mini_infer.client import RequestFailed
+from mini_infer.errors import ErrorReason, InvalidRequestError, MiniInferError
+from mini_infer.v1 import generate_pb2 as pb2
+from mini_infer.v1 import inference_service_pb2
+from mini_infer_gateway.validation import (
+    SUPPORTED_FIELDS,
+    UNSUPPORTED_FIELDS,
+    check_abort,
+    check_detokenize,
+    check_generate,
+    check_tokenize,
+)
+
+MAX_PROMPT_BYTES = 1000
+INVALID = ErrorReason.INVALID_FIELD
+NOT_SUPPORTED = ErrorReason.FIELD_NOT_SUPPORTED
+MODALITY = ErrorReason.UNSUPPORTED_MODALITY
+TOO_LARGE = ErrorReason.PROMPT_TOO_LARGE
+
+
+def violations_of(**fields: Any) -> list[tuple[str, ErrorReason]]:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_generate(pb2.GenerateRequest(**fields), ENGINE_WELCOME, MAX_PROMPT_BYTES)
+    return [(each.field, each.reason) for each in caught.value.violations]
+
+
+def chat(*messages: Any, **fields: Any) -> pb2.Chat:
+    return pb2.Chat(messages=messages, **fields)
+
+
+def message(role: str, *parts: Any) -> pb2.ChatMessage:
+    return pb2.ChatMessage(role=role, content=parts)
+
+
+HELLO = pb2.ContentPart(text="hello")
+SAMPLING = pb2.SamplingOptions
+STOPPING = pb2.StoppingOptions
+OUTPUT = pb2.OutputOptions
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        pytest.param({}, ("prompt", INVALID), id="no prompt"),
+        pytest.param({"text": ""}, ("text", INVALID), id="empty text"),
+        pytest.param({"text": "é" * 501}, ("text", TOO_LARGE), id="large text"),
+        pytest.param({"token_ids": pb2.TokenIds()}, ("token_ids.ids", INVALID), id="empty ids"),
+        pytest.param(
+            {"token_ids": pb2.TokenIds(ids=[1, 4096])},
+            ("token_ids.ids[1]", INVALID),
+            id="id beyond the vocabulary",
+        ),
+        pytest.param({"chat": chat()}, ("chat.messages", INVALID), id="empty chat"),
+        pytest.param(
+            {"chat": chat(message("", HELLO))}, ("chat.messages[0].role", INVALID), id="no role"
+        ),
+        pytest.param(
+            {"chat": chat(message("user"))}, ("chat.messages[0].content", INVALID), id="no content"
+        ),
+        pytest.param(
+            {"chat": chat(message("user", HELLO, pb2.ContentPart()))},
+            ("chat.messages[0].content[1]", INVALID),
+            id="empty part",
+        ),
+        pytest.param(
+            {"chat": chat(message("user", pb2.ContentPart(text="x" * 1001)))},
+            ("chat", TOO_LARGE),
+            id="large chat",
+        ),
+        pytest.param({"request_id": ""}, ("request_id", INVALID), id="empty request id"),
+        pytest.param({"request_id": "a b"}, ("request_id", INVALID), id="space in request id"),
+        pytest.param({"request_id": "x" * 129}, ("request_id", INVALID), id="long request id"),
+        pytest.param({"request_id": "x\n"}, ("request_id", INVALID), id="newline in request id"),
+        pytest.param(
+            {"sampling": SAMPLING(temperature=-0.1)},
+            ("sampling.temperature", INVALID),
+            id="temperature below 0",
+        ),
+        pytest.param(
+            {"sampling": SAMPLING(temperature=float("nan"))},
+            ("sampling.temperature", INVALID),
+            id="temperature NaN",
+        ),
+        pytest.param({"sampling": SAMPLING(top_p=0)}, ("sampling.top_p", INVALID), id="top_p 0"),
+        pytest.param(
+            {"sampling": SAMPLING(top_p=1.01)}, ("sampling.top_p", INVALID), id="top_p above 1"
+        ),
+        pytest.param(
+            {"sampling": SAMPLING(top_k=2**31)}, ("sampling.top_k", INVALID), id="top_k too large"
+        ),
+        pytest.param(
+            {"stopping": STOPPING(max_tokens=0)},
+            ("stopping.max_tokens", INVALID),
+            id="max_tokens 0",
+        ),
+        pytest.param(
+            {"stopping": STOPPING(max_tokens=2, min_tokens=3)},
+            ("stopping.min_tokens", INVALID),
+            id="min_tokens above max_tokens",
+        ),
+        pytest.param(
+            {"stopping": STOPPING(stop=["x"] * 17)}, ("stopping.stop", INVALID), id="17 stops"
+        ),
+        pytest.param(
+            {"stopping": STOPPING(stop=["x", ""])}, ("stopping.stop[1]", INVALID), id="empty stop"
+        ),
+        pytest.param(
+            {"stopping": STOPPING(stop_token_ids=[4096])},
+            ("stopping.stop_token_ids[0]", INVALID),
+            id="stop id beyond the vocabulary",
+        ),
+        pytest.param(
+            {"output": OUTPUT(stream_interval=0)},
+            ("output.stream_interval", INVALID),
+            id="interval 0",
+        ),
+        pytest.param(
+            {"output": OUTPUT(stream_interval=1025)},
+            ("output.stream_interval", INVALID),
+            id="interval too large",
+        ),
+        pytest.param({"adapter": "x"}, ("adapter", NOT_SUPPORTED), id="adapter"),
+        pytest.param({"priority": 0}, ("priority", NOT_SUPPORTED), id="priority"),
+        pytest.param({"cache_salt": "x"}, ("cache_salt", NOT_SUPPORTED), id="cache_salt"),
+        pytest.param(
+            {"structured_output": pb2.StructuredOutput(regex="a")},
+            ("structured_output", NOT_SUPPORTED),
+            id="structured_output",
+        ),
+        pytest.param({"sampling": SAMPLING(n=1)}, ("sampling.n", NOT_SUPPORTED), id="n"),
+        pytest.param(
+            {"output": OUTPUT(logprobs=1)}, ("output.logprobs", NOT_SUPPORTED), id="logprobs"
+        ),
+        pytest.param(
+            {"output": OUTPUT(prompt_logprobs=0)},
+            ("output.prompt_logprobs", NOT_SUPPORTED),
+            id="prompt_logprobs",
+        ),
+        pytest.param(
+            {"chat": chat(message("user", HELLO), tools=[{}])},
+            ("chat.tools", NOT_SUPPORTED),
+            id="tools",
+        ),
+        pytest.param(
+            {"chat": chat(message("user", HELLO), template_kwargs={})},
+            ("chat.template_kwargs", NOT_SUPPORTED),
+            id="template_kwargs",
+        ),
+        pytest.param(
+            {"chat": chat(message("user", HELLO, pb2.ContentPart(image_url="x")))},
+            ("chat.messages[0].content[1].image_url", MODALITY),
+            id="image",
+        ),
+        pytest.param(
+            {"chat": chat(message("user", pb2.ContentPart(audio_url="")))},
+            ("chat.messages[0].content[0].audio_url", MODALITY),
+            id="audio",
+        ),
+    ],
+)
+def test_bad_field_is_named(fields: dict[str, Any], expected: tuple[str, ErrorReason]) -> None:
+    prompt = {} if fields.keys() & {"text", "token_ids", "chat"} or not fields else {"text": "x"}
+    assert violations_of(**prompt, **fields) == [expected]
+
+
+def test_unsupported_fields_each_have_a_case() -> None:
+    """The cases above refuse every field of the table, which a prefix of the ids names."""
+    cases = test_bad_field_is_named.pytestmark[0].args[1]
+    refused = {
+        path
+        for case in cases
+        for path, reason in [case.values[1]]
+        if reason in {NOT_SUPPORTED, MODALITY}
+    }
+    assert {path.rpartition(".")[2] for path in refused} == {
+        name.rpartition(".")[2] for name in UNSUPPORTED_FIELDS
+    }
+
+
+def test_all_violations_come_at_once() -> None:
+    found = violations_of(
+        text="",
+        priority=1,
+        request_id="?",
+        sampling=SAMPLING(temperature=-1, top_p=2),
+        stopping=STOPPING(max_tokens=0, stop=["x"] * 17),
+        output=OUTPUT(stream_interval=0),
+    )
+    assert {field for field, _ in found} == {
+        "text",
+        "priority",
+        "request_id",
+        "sampling.temperature",
+        "sampling.top_p",
+        "stopping.max_tokens",
+        "stopping.stop",
+        "output.stream_interval",
+    }
+
+
+def test_many_bad_ids_are_told_in_few_violations() -> None:
+    assert len(violations_of(token_ids=pb2.TokenIds(ids=[5000] * 100_000))) == 8
+
+
+def test_unknown_model_is_not_found() -> None:
+    with pytest.raises(MiniInferError) as caught:
+        check_generate(pb2.GenerateRequest(text="x", model="gpt"), ENGINE_WELCOME, 10)
+    assert caught.value.reason is ErrorReason.MODEL_NOT_FOUND
+
+
+def test_tokenize_is_checked() -> None:
+    request = inference_service_pb2.TokenizeRequest
+    for bad, field in [
+        (request(), "input"),
+        (request(text="xxx"), "text"),
+        (request(chat=chat()), "chat.messages"),
+        (request(chat=chat(message("u", HELLO), tools=[{}])), "chat"),
+    ]:
+        with pytest.raises(InvalidRequestError) as caught:
+            check_tokenize(bad, 2)
+        assert caught.value.violations[0].field.startswith(field)
+    check_tokenize(request(text=""), 2)
+
+
+def test_detokenize_and_abort_are_checked() -> None:
+    with pytest.raises(InvalidRequestError):
+        check_detokenize(inference_service_pb2.DetokenizeRequest(token_ids=[4096]), ENGINE_WELCOME)
+    with pytest.raises(InvalidRequestError):
+        check_abort(inference_service_pb2.AbortRequest())
+
+
+def _fields(descriptor: Descriptor, seen: set[str]) -> Iterator[str]:
+    """Each field below a message, message types that are refused as a whole left out."""
+    if descriptor.name in seen:
+        return
+    seen.add(descriptor.name)
+    for field in descriptor.fields:
+        name = f"{descriptor.name}.{field.name}"
+        yield name
+        if field.message_type is not None and name not in UNSUPPORTED_FIELDS:
+            yield from _fields(field.message_type, seen)
+
+
+def test_each_request_field_is_supported_or_refused() -> None:
+    service = inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+    seen: set[str] = set()
+    walked = [name for method in service.methods for name in _fields(method.input_type, seen)]
+    assert not SUPPORTED_FIELDS & UNSUPPORTED_FIELDS.keys()
+    assert set(walked) == SUPPORTED_FIELDS | UNSUPPORTED_FIELDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "code", "reason"),
+    [
+        pytest.param("", {}, "INVALID_ARGUMENT", "INVALID_FIELD", id="empty prompt"),
+        pytest.param([], {}, "INVALID_ARGUMENT", "INVALID_FIELD", id="empty ids"),
+        pytest.param([4096], {}, "INVALID_ARGUMENT", "INVALID_FIELD", id="id beyond vocabulary"),
+        pytest.param(
+            [5] * 5000, {}, "INVALID_ARGUMENT", "CONTEXT_LENGTH_EXCEEDED", id="long prompt"
+        ),
+        pytest.param(
+            "a " * 9000, {}, "INVALID_ARGUMENT", "CONTEXT_LENGTH_EXCEEDED", id="long text"
+        ),
+        pytest.param(
+            "a", {"max_tokens": 0}, "INVALID_ARGUMENT", "INVALID_FIELD", id="max_tokens 0"
+        ),
+        pytest.param(
+            "a",
+            {"max_tokens": 4096},
+            "INVALID_ARGUMENT",
+            "CONTEXT_LENGTH_EXCEEDED",
+            id="max_tokens beyond the context",
+        ),
+        pytest.param("a", {"model": "gpt"}, "NOT_FOUND", "MODEL_NOT_FOUND", id="unknown model"),
+        pytest.param(
+            "a" * 5_000_000, {}, "INVALID_ARGUMENT", "PROMPT_TOO_LARGE", id="prompt of 5 MB"
+        ),
+        pytest.param(
+            "a" * 17_000_000, {}, "RESOURCE_EXHAUSTED", "UNKNOWN", id="message above gRPC's limit"
+        ),
+    ],
+)
+async def test_bad_request_has_its_status_and_harms_nobody(
+    scripted: RunningGateway, prompt: Any, options: dict[str, Any], code: str, reason: str
+) -> None:
+    with pytest.raises(RequestFailed) as caught:
+        await scripted.client.generate(prompt, **options).text()
+    assert caught.value.code is grpc.StatusCode[code]
+    assert caught.value.reason is ErrorReason[reason]
+    stream = scripted.client.generate("a", max_tokens=2)
+    await stream.text()
+    assert len(stream.token_ids) == 2
