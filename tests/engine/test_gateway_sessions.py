@@ -26,7 +26,7 @@ from mini_infer.messages import (
 )
 from mini_infer_engine import gateway_sessions
 from mini_infer_engine.gateway_sessions import GatewaySessions
-from mini_infer_engine.inbox import Inbox, KeepOnly
+from mini_infer_engine.inbox import Inbox, KeepOnly, SocketFailed
 from mini_infer_engine.outbox import Outbox
 from mini_infer_engine.scheduler import SequenceUpdate
 from mini_infer_engine.sequence import StreamKey
@@ -138,3 +138,17 @@ def test_a_gateway_above_the_bound_is_dead_and_may_come_back(
     output = line.receive()
     assert isinstance(output, StepOutput)
     assert output.seq == 0
+
+
+def test_a_broken_socket_thread_is_told_to_the_loop(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line.hello()
+    error = OSError("broken")
+
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(line.sessions, "_send", broken)
+    line.publish()
+    wait(lambda: SocketFailed(error) in line.inbox.drain(0))

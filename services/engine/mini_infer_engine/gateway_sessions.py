@@ -33,7 +33,7 @@ from mini_infer.messages import (
     to_engine_decoder,
 )
 
-from mini_infer_engine.inbox import AbortStreams, AddStream, Inbox, KeepOnly
+from mini_infer_engine.inbox import AbortStreams, AddStream, Inbox, KeepOnly, SocketFailed
 from mini_infer_engine.outbox import Outbox, StepRows
 
 MAX_PENDING_BYTES = 4 * 2**20
@@ -102,6 +102,12 @@ class GatewaySessions:
         self._context.destroy(linger=200)
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            self._inbox.put(SocketFailed(error))
+
+    def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._outbox, zmq.POLLIN)

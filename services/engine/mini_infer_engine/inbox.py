@@ -35,7 +35,14 @@ class KeepOnly:
     streams: frozenset[int]
 
 
-Command = AddStream | AbortStreams | KeepOnly
+@dataclass(frozen=True, slots=True)
+class SocketFailed:
+    """The socket thread broke: without it the engine serves nobody."""
+
+    error: Exception
+
+
+Command = AddStream | AbortStreams | KeepOnly | SocketFailed
 
 
 class Inbox:

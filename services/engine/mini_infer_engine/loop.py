@@ -10,7 +10,7 @@ from mini_infer.messages import ENGINE_BEAT_INTERVAL_S, NO_BUDGET, EngineBeat
 
 from mini_infer_engine.batch import ScheduledBatch
 from mini_infer_engine.block_pool import BlockPool
-from mini_infer_engine.inbox import AbortStreams, AddStream, Command, Inbox, KeepOnly
+from mini_infer_engine.inbox import AbortStreams, AddStream, Command, Inbox, KeepOnly, SocketFailed
 from mini_infer_engine.model_runner import Runner
 from mini_infer_engine.outbox import Outbox
 from mini_infer_engine.scheduler import Scheduler
@@ -66,7 +66,11 @@ class EngineLoop:
         self.num_unknown_streams = 0
 
     def run(self) -> None:
-        """Turns until `stop`."""
+        """Turns until `stop`.
+
+        Raises:
+            RuntimeError: The socket thread broke; only a new process can serve again.
+        """
         while not self._stopping:
             wait_s = ENGINE_BEAT_INTERVAL_S if self._scheduler.is_idle else 0.0
             for command in self._inbox.drain(wait_s):
@@ -97,6 +101,8 @@ class EngineLoop:
                 for key in self._scheduler.keys_of(owner):
                     if key.stream not in streams:
                         self._scheduler.abort(key)
+            case SocketFailed(error=error):
+                raise RuntimeError("the socket thread failed") from error
 
     def _add(self, command: AddStream) -> None:
         submit = command.submit

@@ -1,0 +1,179 @@
+"""Where settings come from, and what is said about bad ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+from mini_infer.config import EngineConfig, GatewayConfig, TokenizerConfig
+from mini_infer.errors import ConfigError
+from mini_infer.settings import MASK, Loaded, format_settings, load
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    return tmp_path / "mini-infer.yaml"
+
+
+def origins(loaded: Loaded[EngineConfig]) -> dict[str, str]:
+    return {each.name: each.origin for each in loaded.settings}
+
+
+@pytest.mark.parametrize("config_class", [EngineConfig, TokenizerConfig, GatewayConfig])
+def test_without_sources_the_defaults_hold(config_class: type[EngineConfig]) -> None:
+    loaded = load(config_class)
+    assert loaded.config == config_class()
+    assert {each.origin for each in loaded.settings} == {"default"}
+
+
+def test_flag_beats_environment_beats_file_beats_default(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file.write_text("max_num_seqs: 1\nblock_size: 1\ndevice: cpu\n")
+    monkeypatch.setenv("MINI_INFER_MAX_NUM_SEQS", "2")
+    monkeypatch.setenv("MINI_INFER_BLOCK_SIZE", "2")
+    loaded = load(EngineConfig, {"max_num_seqs": 3}, config_file)
+    config = loaded.config
+    assert (config.max_num_seqs, config.block_size, config.device) == (3, 2, "cpu")
+    told = origins(loaded)
+    assert told["max_num_seqs"] == "flag --max-num-seqs"
+    assert told["block_size"] == "environment MINI_INFER_BLOCK_SIZE"
+    assert told["device"] == f"file {config_file}"
+    assert told["dtype"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("model", "/models/llama", "/models/llama"),
+        ("max_model_len", "2048", 2048),
+        ("gpu_memory_utilization", "0.5", 0.5),
+    ],
+)
+def test_environment_is_parsed_by_type(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: object
+) -> None:
+    monkeypatch.setenv(f"MINI_INFER_{name.upper()}", text)
+    assert getattr(load(EngineConfig).config, name) == value
+
+
+def test_booleans_and_lists_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_INFER_INSECURE", "true")
+    monkeypatch.setenv("MINI_INFER_ENGINE_ADDRESSES", "ipc:///run/a, ipc:///run/b")
+    config = load(GatewayConfig).config
+    assert config.insecure is True
+    assert config.engine_addresses == ("ipc:///run/a", "ipc:///run/b")
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_INFER_PORT", "")
+    assert load(GatewayConfig).config == GatewayConfig()
+
+
+def test_one_file_serves_all_processes(config_file: Path) -> None:
+    config_file.write_text("port: 7000\nmax_num_seqs: 8\nengine_addresses: [ipc:///run/a]\n")
+    assert load(GatewayConfig, config_file=config_file).config.port == 7000
+    assert load(EngineConfig, config_file=config_file).config.max_num_seqs == 8
+
+
+def test_no_two_processes_mean_different_things_by_one_setting() -> None:
+    """What they share must have one meaning: a flat file sets it for both."""
+    names = [
+        each.name
+        for config_class in (EngineConfig, TokenizerConfig, GatewayConfig)
+        for each in fields(config_class)
+    ]
+    assert {name for name in names if names.count(name) > 1} == {"model"}
+
+
+def test_the_environment_names_the_file(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config_file.write_text("port: 7000\n")
+    monkeypatch.setenv("MINI_INFER_CONFIG", str(config_file))
+    assert load(GatewayConfig).config.port == 7000
+
+
+def test_an_empty_file_sets_nothing(config_file: Path) -> None:
+    config_file.write_text("# nothing yet\n")
+    assert load(GatewayConfig, config_file=config_file).config == GatewayConfig()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"max_num_sequences: 1\n", r"unknown key max_num_sequences: did you mean max_num_seqs\?"),
+        (b"colour: blue\n", "unknown key colour: see .*--print-config"),
+        (b"port: [1\n", "is not valid YAML"),
+        (b"- port\n", "must hold lines like `port: 50051`"),
+        (b"\xff\xfe\xfa", "is not UTF-8"),
+        (b"port: many\n", r"port \(file .*\): expected a valid integer, got 'many'"),
+        (b"port: 70000\n", "port must be 0 to 65535, got 70000"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(config_file: Path, content: bytes, message: str) -> None:
+    config_file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(GatewayConfig, config_file=config_file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match=f"cannot read the config file {config_file}: No such"):
+        load(GatewayConfig, config_file=config_file)
+
+
+def test_all_values_that_cannot_be_parsed_are_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MINI_INFER_PORT", "tcp://10.0.0.1:50051")
+    expected = (
+        r"host \(flag --host\): expected a valid string, got 5; "
+        r"port \(environment MINI_INFER_PORT\): expected a valid integer, got 'tcp://10.0.0.1:50051'"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        load(GatewayConfig, {"host": 5})
+
+
+def test_settings_print_as_a_file_that_can_be_read_back(config_file: Path) -> None:
+    loaded = load(GatewayConfig, {"port": 7000, "engine_addresses": ["ipc:///run/a"]})
+    config_file.write_text(format_settings(loaded.settings))
+    assert load(GatewayConfig, config_file=config_file).config == loaded.config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecretConfig:
+    """A config with something that nobody may see.
+
+    Attributes:
+        password: The secret.
+        attempts: How often it may be wrong.
+    """
+
+    password: str = field(default="", metadata={"secret": True})
+    attempts: int = 3
+
+
+def test_secrets_are_loaded_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_INFER_PASSWORD", "hunter2")
+    loaded = load(SecretConfig)
+    assert loaded.config.password == "hunter2"
+    shown = format_settings(loaded.settings)
+    assert "hunter2" not in shown
+    assert f'password: "{MASK}"' in shown
+
+
+def test_secrets_are_not_shown_in_errors() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(SecretConfig, {"password": ["hunter2"]})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_environment_is_read_here_alone() -> None:
+    """Everything else takes its settings as arguments."""
+    services = Path(__file__).parents[2] / "services"
+    readers = {
+        path.name
+        for path in services.glob("*/mini_infer*/**/*.py")
+        if any(word in path.read_text() for word in ("os.environ", "os.getenv", "envvar="))
+    }
+    assert readers == {"settings.py"}
