@@ -2,9 +2,9 @@
 
     python models/training/evaluate.py
 
-Samples stories for held-out requests, checks them with the recogniser and against the whole
-training text (produced again from its seed), and scores held-out documents. Prints one line per
-figure with its bound and exits with 1 if a bound is missed.
+Samples stories for held-out requests with the engine, checks them with the recogniser and against
+the whole training text (produced again from its seed), and scores held-out documents. Prints one
+line per figure with its bound and exits with 1 if a bound is missed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from checkpoint import MODELS_DIR, load_checkpoint
 from corpus import NUM_TRAINING_DOCUMENTS, document_at, encode_corpus, iterate_chunks
 from dialogue import chat_prompt, draw_request
 from grammar import generate_story
+from mini_infer import EngineConfig, LLMEngine, SamplingParams
 from recogniser import NotAStoryError, parse_story
-from sampling import sample_stories
 from scoring import score_stream
 from tokenizers import Tokenizer
 
@@ -81,6 +81,20 @@ def draw_prompts(num_prompts: int, seed: int) -> list[HeldOutPrompt]:
     return prompts
 
 
+def sample_stories(
+    folder: Path, prompts: list[HeldOutPrompt], *, temperature: float, seed: int
+) -> list[str]:
+    """Samples one story for each prompt with the engine, the n-th one with seed + n."""
+    params = [
+        SamplingParams(temperature=temperature, top_p=1.0, max_tokens=400, seed=seed + index)
+        for index in range(len(prompts))
+    ]
+    with LLMEngine(EngineConfig(model=str(folder))) as engine:
+        texts = [prompt.text for prompt in prompts]
+        outputs = engine.generate(texts, params, add_special_tokens=False)
+    return [output.text for output in outputs]
+
+
 def names_subject(story: str, prompt: HeldOutPrompt) -> bool:
     """Tells whether a story names the hero and the hero's kind as words."""
     return all(re.search(rf"\b{word}\b", story) for word in (prompt.hero, prompt.kind))
@@ -110,11 +124,8 @@ def find_in_training_text(wanted: frozenset[str], num_processes: int) -> set[str
 
 def measure_stories(folder: Path, args: argparse.Namespace) -> list[Figure]:
     """Samples stories and returns the figures about them."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     prompts = draw_prompts(args.samples, args.seed)
-    texts = [prompt.text for prompt in prompts]
-    model = load_checkpoint(folder)
-    stories = sample_stories(model, tokenizer, texts, temperature=args.temperature, seed=args.seed)
+    stories = sample_stories(folder, prompts, temperature=args.temperature, seed=args.seed)
     masked = []
     for prompt, story in zip(prompts, stories, strict=True):
         try:

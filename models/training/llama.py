@@ -3,8 +3,8 @@
 The engine has its own model code for serving; this module exists so that training needs nothing
 but torch and so that the two implementations can be compared. It follows the Llama layout of
 Hugging Face (RMSNorm, rotary embedding by halves, grouped-query attention, SwiGLU, tied
-embeddings), and parameter names equal the names in the checkpoint. It does not load remote code,
-does not shard and does not page its key-value cache.
+embeddings), and parameter names equal the names in the checkpoint. It trains and scores; it has no
+key-value cache, since the engine samples.
 """
 
 from __future__ import annotations
@@ -51,14 +51,6 @@ SHAPES = {
         hidden_size=128, intermediate_size=352, num_layers=3, num_q_heads=4, num_kv_heads=2
     ),
 }
-
-
-@dataclass(slots=True)
-class LayerCache:
-    """Keys and values of one layer: each `[batch, num_kv_heads, max_tokens, head_dim]`."""
-
-    keys: Tensor
-    values: Tensor
 
 
 def rotary_angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -124,17 +116,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, shape.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, start: int
-    ) -> Tensor:
-        """Attends over the tokens of `x` and, with a cache, over the `start` tokens before.
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attends over the tokens of `x`.
 
         Args:
-            x: `[batch, num_tokens, hidden_size]`; one token at a time when a cache is given.
+            x: `[batch, num_tokens, hidden_size]`.
             cos: `[num_tokens, head_dim]`.
             sin: `[num_tokens, head_dim]`.
-            cache: Keys and values of earlier tokens, written at `start`; None when training.
-            start: Position of the first token of `x`.
 
         Returns:
             `[batch, num_tokens, hidden_size]`.
@@ -144,13 +132,8 @@ class Attention(nn.Module):
         query = apply_rotary(self.q_proj(x).view(heads).transpose(1, 2), cos, sin)
         key = apply_rotary(self.k_proj(x).view(heads).transpose(1, 2), cos, sin)
         value = self.v_proj(x).view(heads).transpose(1, 2)
-        if cache is not None:
-            end = start + num_tokens
-            cache.keys[:, :, start:end] = key
-            cache.values[:, :, start:end] = value
-            key, value = cache.keys[:, :, :end], cache.values[:, :, :end]
         out = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=cache is None, enable_gqa=True
+            query, key, value, is_causal=True, enable_gqa=True
         )
         return torch.as_tensor(self.o_proj(out.transpose(1, 2).reshape(batch, num_tokens, -1)))
 
@@ -182,11 +165,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size)
         self.mlp = SwiGLU(shape)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, start: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Maps `[batch, num_tokens, hidden_size]` to the same shape; see `Attention.forward`."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, start)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return torch.as_tensor(x + self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -216,34 +197,21 @@ class Llama(nn.Module):
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=INIT_STD)
 
-    def forward(
-        self, token_ids: Tensor, caches: list[LayerCache] | None = None, start: int = 0
-    ) -> Tensor:
+    def forward(self, token_ids: Tensor) -> Tensor:
         """Computes the logits of the next token after each token.
 
         Args:
             token_ids: `[batch, num_tokens]`, int64.
-            caches: One per layer, or None to attend within `token_ids` only.
-            start: Position of the first column of `token_ids`.
 
         Returns:
             `[batch, num_tokens, vocab_size]`, in the dtype of the computation.
         """
-        positions = torch.arange(start, start + token_ids.shape[1], device=token_ids.device)
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device)
         cos, sin = rotary_angles(positions, self.shape.head_dim)
         x = self.model.embed_tokens(token_ids)
-        for index, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, caches[index] if caches else None, start)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin)
         return functional.linear(self.model.norm(x), self.model.embed_tokens.weight)
-
-    def new_caches(self, batch: int, max_tokens: int) -> list[LayerCache]:
-        """Allocates empty caches for `batch` sequences of at most `max_tokens` tokens."""
-        weight = self.model.embed_tokens.weight
-        size = (batch, self.shape.num_kv_heads, max_tokens, self.shape.head_dim)
-        return [
-            LayerCache(weight.new_zeros(size), weight.new_zeros(size))
-            for _ in range(self.shape.num_layers)
-        ]
 
     def num_parameters(self) -> int:
         """Returns the number of weights, the tied output matrix counted once."""

@@ -125,6 +125,16 @@ def test_bad_requests_are_typed_errors(
         engine.generate(prompts, **options)
 
 
+def test_each_prompt_may_have_its_own_params(engine: LLMEngine) -> None:
+    each = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (3, 5)]
+    outputs = engine.generate([STORY, STORY], each)
+    assert [len(output.token_ids) for output in outputs] == [3, 5]
+    with pytest.raises(ValueError, match="params for 1 prompts, got 2"):
+        engine.generate(STORY, each)
+    with pytest.raises(TypeError, match="not both"):
+        engine.generate(STORY, each[0], max_tokens=3)
+
+
 def test_violations_come_all_at_once(engine: LLMEngine) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         engine.generate(STORY, SamplingParams(temperature=-1, top_k=-1, top_p=0, max_tokens=0))

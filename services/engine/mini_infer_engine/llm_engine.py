@@ -130,7 +130,7 @@ class LLMEngine:
     def generate(
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         add_special_tokens: bool = True,
         **options: Any,
@@ -139,7 +139,7 @@ class LLMEngine:
 
         Args:
             prompts: Texts or lists of token ids.
-            params: How to sample and when to stop.
+            params: How to sample and when to stop: for all prompts, or one for each.
             add_special_tokens: Whether texts get the model's special tokens, such as BOS.
             **options: Fields of `SamplingParams`, in place of `params`.
 
@@ -150,7 +150,6 @@ class LLMEngine:
             InvalidRequestError: Where parameters or a prompt are out of range.
             MiniInferError: CONTEXT_LENGTH_EXCEEDED or KV_EXHAUSTED where a prompt cannot fit.
         """
-        params = _one_of(params, options)
         texts_or_ids = [prompts] if isinstance(prompts, str) else prompts
         encoded = [
             self._tokenizer.encode(each, add_special_tokens)
@@ -158,12 +157,12 @@ class LLMEngine:
             else list(each)
             for each in texts_or_ids
         ]
-        return self._generate(encoded, params)
+        return self._generate(encoded, _one_each(params, options, len(encoded)))
 
     def chat(
         self,
         conversations: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         add_generation_prompt: bool = True,
         **options: Any,
@@ -172,7 +171,7 @@ class LLMEngine:
 
         Args:
             conversations: One list of messages with "role" and "content", or several such lists.
-            params: How to sample and when to stop.
+            params: How to sample and when to stop: for all, or one for each conversation.
             add_generation_prompt: Whether the prompt ends with the opening of the answer.
             **options: Fields of `SamplingParams`, in place of `params`.
 
@@ -185,12 +184,12 @@ class LLMEngine:
         if self._chat_template is None:
             message = f"{self.config.model_name} has no chat template: use generate with a text"
             raise MiniInferError(ErrorReason.CHAT_TEMPLATE_FAILED, message)
-        params = _one_of(params, options)
         several: Any = conversations
         if conversations and isinstance(conversations[0], Mapping):
             several = [conversations]
         rendered = [self._chat_template.render(each, add_generation_prompt) for each in several]
-        return self._generate([self._tokenizer.encode(each, False) for each in rendered], params)
+        encoded = [self._tokenizer.encode(each, False) for each in rendered]
+        return self._generate(encoded, _one_each(params, options, len(encoded)))
 
     def close(self) -> None:
         """Frees the model and its cache; the engine is not usable after."""
@@ -210,9 +209,12 @@ class LLMEngine:
         self.close()
 
     def _generate(
-        self, encoded: Sequence[list[int]], params: SamplingParams
+        self, encoded: Sequence[list[int]], params: Sequence[SamplingParams]
     ) -> list[GenerationOutput]:
-        generations = [self._begin(prompt_ids, params, i) for i, prompt_ids in enumerate(encoded)]
+        generations = [
+            self._begin(prompt_ids, params[index], index)
+            for index, prompt_ids in enumerate(encoded)
+        ]
         try:
             self._run(generations)
         finally:
@@ -264,7 +266,15 @@ class LLMEngine:
         )
 
 
-def _one_of(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None,
+    options: Mapping[str, Any],
+    num_prompts: int,
+) -> Sequence[SamplingParams]:
     if params is not None and options:
         raise TypeError("give either params or its fields as keywords, not both")
-    return params or SamplingParams(**options)
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams(**options)] * num_prompts
+    if len(params) != num_prompts:
+        raise ValueError(f"expected params for {num_prompts} prompts, got {len(params)}")
+    return params
