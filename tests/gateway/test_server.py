@@ -135,13 +135,13 @@ async def test_process_drains_on_sigterm_and_logs_one_line_a_request(
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "mini_infer_gateway", "--port", "0"),
-        *("--engine", engine_address, "--tokenizer", tokenizer_address),
+        *("--engine-addresses", engine_address, "--tokenizer-addresses", tokenizer_address),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     assert process.stdout is not None
-    address = (await process.stdout.readline()).decode().strip()
+    address = (await process.stdout.readline()).decode().split()[-1]
     async with AsyncClient(address) as client:
         await client.wait_until_ready(20)
         await client.generate("a secret prompt", max_tokens=3, request_id="first").text()

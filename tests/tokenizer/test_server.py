@@ -313,5 +313,5 @@ def test_what_it_cannot_start_with_is_one_sentence(tmp_path: Path) -> None:
             [*command, *arguments], capture_output=True, text=True, timeout=30, check=False
         )
         assert result.returncode == 2
-        assert result.stderr.startswith("Error: ")
+        assert result.stderr.startswith("mini-infer: ")
         assert "Traceback" not in result.stderr
