@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 import structlog
 from mini_infer.errors import MiniInferError
 from mini_infer.messages import ENGINE_BEAT_INTERVAL_S, NO_BUDGET, EngineBeat
 
-from mini_infer_engine.batch import ScheduledBatch
+from mini_infer_engine.batch import ScheduledBatch, StepTokens
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.inbox import AbortStreams, AddStream, Command, Inbox, KeepOnly, SocketFailed
-from mini_infer_engine.model_runner import Runner
 from mini_infer_engine.outbox import Outbox
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import StreamKey
 from mini_infer_engine.served_model import ServedModel
 
 log = structlog.get_logger("engine.loop")
+
+
+class Runner(Protocol):
+    """What the loop asks of whatever makes tokens."""
+
+    def run(self, batch: ScheduledBatch) -> StepTokens:
+        """Computes a batch, which may be empty, and chooses the next tokens."""
+        ...
 
 
 class StepTimer:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from mini_infer_engine.batch import NO_TOKENS, ScheduledBatch, StepTokens
@@ -11,14 +9,6 @@ from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.models.llama import LlamaForCausalLM
 from mini_infer_engine.sampling import sample
-
-
-class Runner(Protocol):
-    """What the engine loop asks of whatever makes tokens."""
-
-    def run(self, batch: ScheduledBatch) -> StepTokens:
-        """Computes a batch, which may be empty, and chooses the next tokens."""
-        ...
 
 
 class ModelRunner:

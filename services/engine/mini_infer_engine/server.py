@@ -13,8 +13,7 @@ from mini_infer.config import EngineConfig
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.gateway_sessions import GatewaySessions
 from mini_infer_engine.inbox import Inbox
-from mini_infer_engine.loop import EngineLoop
-from mini_infer_engine.model_runner import Runner
+from mini_infer_engine.loop import EngineLoop, Runner
 from mini_infer_engine.outbox import Outbox
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.served_model import ServedModel
