@@ -270,6 +270,15 @@ def test_strangers_and_garbage_change_nothing(start: Start, connect: Connect) ->
     assert gateway.streams[1].token_ids == scripted(1, 100)
 
 
+def test_a_long_step_is_announced_before_it_begins(start: Start, connect: Connect) -> None:
+    gateway = connect(start(step_ms=700))
+    gateway.hello()
+    gateway.submit(1, [5, 6], max_tokens=2)
+    gateway.until(lambda: gateway.beat is not None and gateway.beat.expected_step_ms >= 1400)
+    assert gateway.streams[1].token_ids == []
+    gateway.until_finished(1)
+
+
 def test_two_gateways_use_the_same_numbers_without_meeting(start: Start, connect: Connect) -> None:
     address = start(step_ms=2)
     first, second = connect(address, "gateway-1"), connect(address, "gateway-2")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
-from mini_infer.sampling_params import ResolvedSampling
 from mini_infer_kernels.kernel_set import REFERENCE
 
 from mini_infer_engine.block_pool import BlockPool
@@ -18,8 +17,13 @@ from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.model_runner import ModelRunner
 from mini_infer_engine.models.llama import LlamaForCausalLM
 from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
-from mini_infer_engine.sequence import Sequence, StreamKey
 from mini_infer_engine.served_model import ServedModel, read_served_model
+from mini_infer_engine.trial_run import (
+    largest_prompts,
+    num_trial_blocks,
+    seconds_per_token,
+    trial_batch,
+)
 
 SMALL_MODEL_BYTES = 2**27
 """Of weights. A layer's products take microseconds then, and a thread that was put aside for
@@ -35,12 +39,14 @@ class Engine:
         pool: The blocks, which the scheduler alone changes.
         scheduler: The queues.
         runner: The model and its cache.
+        seconds_per_token: How long a token of a step took in a trial.
     """
 
     served: ServedModel
     pool: BlockPool
     scheduler: Scheduler
     runner: ModelRunner
+    seconds_per_token: float
 
 
 def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> Engine:
@@ -83,15 +89,13 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
     num_blocks = _choose_num_blocks(config, served, spec, model, buffers)
     pool = BlockPool(num_blocks, config.block_size)
     runner = ModelRunner(model, KVCache(spec, num_blocks), buffers)
-    return Engine(served, pool, Scheduler(pool, _limits(config)), runner)
-
-
-def _limits(config: EngineConfig) -> SchedulerLimits:
-    return SchedulerLimits(
+    limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_queued_requests=config.max_queued_requests,
     )
+    token_s = seconds_per_token(runner, served.max_model_len - 1)
+    return Engine(served, pool, Scheduler(pool, limits), runner, token_s)
 
 
 def _choose_device(name: str) -> torch.device:
@@ -145,21 +149,17 @@ def _free_cuda_bytes(
     buffers: InputBuffers,
 ) -> int:
     """Memory left for the cache, after running the largest batch to see what it takes."""
-    tokens_each = max(1, config.max_num_batched_tokens // config.max_num_seqs)
-    num_blocks = config.max_num_seqs * -(-tokens_each // spec.block_size)
-    pool = BlockPool(num_blocks, spec.block_size)
-    scheduler = Scheduler(pool, _limits(config))
-    sampling = ResolvedSampling(temperature=1.0, top_k=0, top_p=0.9, seed=0, max_tokens=1)
-    for stream in range(config.max_num_seqs):
-        prompt = [0] * max(1, min(tokens_each, served.max_model_len - 1) - 1)
-        scheduler.add(Sequence(StreamKey(b"", stream), prompt, sampling, eos_token_ids=()))
-    runner = ModelRunner(model, KVCache(spec, num_blocks), buffers)
+    prompt_lens = largest_prompts(
+        config.max_num_seqs, config.max_num_batched_tokens, served.max_model_len - 1
+    )
+    cache = KVCache(spec, num_trial_blocks(prompt_lens, spec.block_size))
+    runner = ModelRunner(model, cache, buffers)
     torch.cuda.synchronize(spec.device)
     before = torch.cuda.memory_allocated(spec.device)
     torch.cuda.reset_peak_memory_stats(spec.device)
-    runner.run(scheduler.schedule(0.0))
+    runner.run(trial_batch(prompt_lens, spec.block_size))
     activations = torch.cuda.max_memory_allocated(spec.device) - before
-    del runner
+    del runner, cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(spec.device)
     return int(total * config.gpu_memory_utilization) - (total - free) - activations

@@ -31,9 +31,9 @@ class Runner(Protocol):
 class StepTimer:
     """Expects a step to take per token what steps have taken lately."""
 
-    def __init__(self) -> None:
-        """Starts without experience."""
-        self._seconds_per_token = 0.0
+    def __init__(self, seconds_per_token: float) -> None:
+        """Starts with what a trial took."""
+        self._seconds_per_token = seconds_per_token
 
     def expected_ms(self, num_tokens: int) -> float:
         """Milliseconds that a step of so many tokens is expected to take."""
@@ -59,8 +59,20 @@ class EngineLoop:
         outbox: Outbox,
         *,
         epoch: int,
+        seconds_per_token: float,
     ) -> None:
-        """Takes over an idle scheduler and its runner."""
+        """Takes over an idle scheduler and its runner.
+
+        Args:
+            served: The model as gateways know it.
+            pool: The scheduler's blocks.
+            scheduler: The queues, idle.
+            runner: Whatever makes tokens.
+            inbox: Where commands come from.
+            outbox: Where messages go.
+            epoch: Of this engine.
+            seconds_per_token: How long a token of a step takes, about.
+        """
         self._served = served
         self._pool = pool
         self._scheduler = scheduler
@@ -68,7 +80,7 @@ class EngineLoop:
         self._inbox = inbox
         self._outbox = outbox
         self._epoch = epoch
-        self._timer = StepTimer()
+        self._timer = StepTimer(seconds_per_token)
         self._last_beat = 0.0
         self._stopping = False
         self.num_unknown_streams = 0

@@ -107,7 +107,8 @@ def main(
     )
     ordinary_ids = ordinary_token_ids(config.model_folder)
     runner = ScriptedRunner(ordinary_ids, step_ms / 1e3, tokens_per_row)
-    serve(served, pool, Scheduler(pool, limits), runner, address)
+    scheduler = Scheduler(pool, limits)
+    serve(served, pool, scheduler, runner, address, seconds_per_token=step_ms / 1e3)
 
 
 if __name__ == "__main__":

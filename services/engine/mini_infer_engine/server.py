@@ -35,7 +35,15 @@ def run(config: EngineConfig, address: str, on_ready: Callable[[], None] | None 
     from mini_infer_engine.build import build_engine  # torch, not needed by the scripted engine
 
     engine = build_engine(config)
-    serve(engine.served, engine.pool, engine.scheduler, engine.runner, address, on_ready)
+    serve(
+        engine.served,
+        engine.pool,
+        engine.scheduler,
+        engine.runner,
+        address,
+        on_ready,
+        seconds_per_token=engine.seconds_per_token,
+    )
 
 
 def serve(
@@ -45,6 +53,8 @@ def serve(
     runner: Runner,
     address: str,
     on_ready: Callable[[], None] | None = None,
+    *,
+    seconds_per_token: float,
 ) -> None:
     """Runs the loop over given parts until SIGTERM or SIGINT.
 
@@ -55,6 +65,7 @@ def serve(
         runner: Whatever makes tokens.
         address: Where to listen for gateways, `ipc://`.
         on_ready: Called once gateways are answered.
+        seconds_per_token: How long a token of a step takes, about.
     """
     epoch = time.time_ns()
     welcome = served.welcome(
@@ -65,7 +76,16 @@ def serve(
     )
     inbox, outbox = Inbox(), Outbox()
     sessions = GatewaySessions(address, welcome, inbox, outbox)
-    loop = EngineLoop(served, pool, scheduler, runner, inbox, outbox, epoch=epoch)
+    loop = EngineLoop(
+        served,
+        pool,
+        scheduler,
+        runner,
+        inbox,
+        outbox,
+        epoch=epoch,
+        seconds_per_token=seconds_per_token,
+    )
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: loop.stop())
     sessions.start()

@@ -1,0 +1,29 @@
+"""Trial steps: as large as steps can be, and within whatever cache there is."""
+
+from __future__ import annotations
+
+import pytest
+from mini_infer import EngineConfig
+from mini_infer_engine.build import build_engine
+from mini_infer_engine.trial_run import largest_prompts, num_trial_blocks, trial_batch
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "max_num_batched_tokens", "longest"),
+    [(64, 2048, 4095), (1, 1, 1), (8, 8, 100), (4, 1000, 10)],
+)
+def test_the_largest_step_is_one_step(
+    max_num_seqs: int, max_num_batched_tokens: int, longest: int
+) -> None:
+    prompt_lens = largest_prompts(max_num_seqs, max_num_batched_tokens, longest)
+    batch = trial_batch(prompt_lens, block_size=16)
+    assert len(batch.sampling.rows) == len(batch.keys) == max_num_seqs
+    assert batch.num_tokens == min(max_num_batched_tokens, longest + max_num_seqs - 1)
+    assert batch.block_tables.max() < num_trial_blocks(prompt_lens, 16)
+
+
+@pytest.mark.parametrize("kv_cache_tokens", [16, 32, 4096])
+def test_an_engine_knows_how_long_a_token_takes(kv_cache_tokens: int) -> None:
+    engine = build_engine(EngineConfig(kv_cache_tokens=kv_cache_tokens))
+    assert 0 < engine.seconds_per_token < 1
+    assert engine.pool.num_used == 0
