@@ -51,15 +51,31 @@ class _Session:
 
     last_heard: float
     next_seq: int = 0
+    beat: EngineBeat | None = None  # the latest; an older one says nothing any more
     pending: deque[Message | StepRows] = field(default_factory=deque)
 
     def add(self, message: Message | StepRows) -> None:
         last = self.pending[-1] if self.pending else None
-        if isinstance(last, StepRows) and isinstance(message, StepRows):
+        if isinstance(message, EngineBeat):
+            self.beat = message
+        elif isinstance(last, StepRows) and isinstance(message, StepRows):
             last.merge(message)
-        elif not (self.pending and isinstance(message, EngineBeat)):
-            # A beat behind other messages would say nothing that they do not.
+        else:
             self.pending.append(message)
+
+    def next_message(self, epoch: int) -> Message | None:
+        """What is to be sent next, a beat before all else; None where nothing waits."""
+        if self.beat or not self.pending:
+            return self.beat
+        message = self.pending[0]
+        return message.numbered(epoch, self.next_seq) if isinstance(message, StepRows) else message
+
+    def drop_next_message(self) -> None:
+        """The next message was sent."""
+        if self.beat:
+            self.beat = None
+        elif isinstance(self.pending.popleft(), StepRows):
+            self.next_seq += 1
 
     @property
     def num_pending_bytes(self) -> int:
@@ -192,10 +208,7 @@ class GatewaySessions:
             self._flush(identity, session)
 
     def _flush(self, identity: bytes, session: _Session) -> None:
-        while session.pending:
-            message = session.pending[0]
-            if isinstance(message, StepRows):
-                message = message.numbered(self._welcome.epoch, session.next_seq)
+        while message := session.next_message(self._welcome.epoch):
             try:
                 self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
             except zmq.Again:
@@ -203,8 +216,7 @@ class GatewaySessions:
             except zmq.ZMQError as error:
                 self._forget(identity, error.strerror)
                 return
-            if isinstance(session.pending.popleft(), StepRows):
-                session.next_seq += 1
+            session.drop_next_message()
 
     def _try_send(self, identity: bytes, message: Message) -> bool:
         try:
