@@ -8,6 +8,7 @@ import pytest
 from mini_infer import ConfigError, EngineConfig, InvalidRequestError, LLMEngine, MiniInferError
 from mini_infer.errors import ErrorReason
 from mini_infer.sampling_params import SamplingParams
+from mini_infer_engine.batch import ScheduledBatch, StepTokens
 
 STORY = "Once upon a time"
 
@@ -71,6 +72,8 @@ def test_a_stop_string_ends_at_the_token_that_completes_it(engine: LLMEngine) ->
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
     decoded = engine._tokenizer.decode(cut.token_ids, True)
     assert stop in decoded
+    (same,) = engine.generate(STORY, **options | {"stop": stop})
+    assert same.text == cut.text
     assert stop not in engine._tokenizer.decode(cut.token_ids[:-1], True)
     (kept,) = engine.generate(STORY, include_stop_str_in_output=True, **options)
     assert kept.text == whole.text[: begin + len(stop)]
@@ -111,7 +114,10 @@ def test_more_prompts_than_may_wait_are_fed_in_by_and_by() -> None:
     ("prompts", "options", "message"),
     [
         ([[]], {}, "at least one token"),
-        ([[4096]], {}, "from 0 to 4095"),
+        ([[4096]], {}, r"prompts\[0\].*from 0 to 4095"),
+        ([[5], [-1]], {}, r"prompts\[1\]"),
+        ([5], {}, "a text or a list of token ids, got 5"),
+        ([["a"]], {}, "a text or a list of token ids"),
         (STORY, {"max_tokens": 0}, "max_tokens"),
         (STORY, {"max_tokens": 5000}, "context holds 4096"),
         ([[5] * 4096], {}, "context holds 4096"),
@@ -147,13 +153,46 @@ def test_violations_come_all_at_once(engine: LLMEngine) -> None:
     ]
 
 
-def test_a_prompt_that_never_fits_is_refused_and_the_rest_is_cleaned_up() -> None:
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_call_leaves_nothing_behind(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
+) -> None:
+    (expected,) = engine.generate(STORY, max_tokens=8, temperature=0)
+    run, num_runs = engine._engine.runner.run, 0
+
+    def run_thrice(batch: ScheduledBatch) -> StepTokens:
+        nonlocal num_runs
+        num_runs += 1
+        if num_runs > 3:
+            raise interrupt
+        return run(batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._engine.runner, "run", run_thrice)
+        with pytest.raises(interrupt):
+            engine.generate([STORY] * 4, max_tokens=50, ignore_eos=True)
+    assert engine._engine.pool.num_used == 0
+    (again,) = engine.generate(STORY, max_tokens=8, temperature=0)
+    assert again.token_ids == expected.token_ids
+
+
+def test_the_context_is_what_the_cache_holds() -> None:
     with LLMEngine(EngineConfig(kv_cache_tokens=64)) as small:
-        with pytest.raises(MiniInferError) as caught:
+        (output,) = small.generate([[5]], temperature=0, ignore_eos=True)
+        assert len(output.token_ids) == 63
+        with pytest.raises(MiniInferError, match="context holds 64") as caught:
             small.generate([[5], [5] * 100], max_tokens=10)
-        assert caught.value.reason is ErrorReason.KV_EXHAUSTED
-        small._engine.scheduler.check_integrity()
-        assert small._engine.pool.num_used == 0
+        assert caught.value.reason is ErrorReason.CONTEXT_LENGTH_EXCEEDED
+    with pytest.raises(ConfigError, match="more than the 64 tokens"):
+        LLMEngine(EngineConfig(kv_cache_tokens=64, max_model_len=65))
+
+
+def test_a_closed_engine_says_so() -> None:
+    engine = LLMEngine(EngineConfig(kv_cache_tokens=64))
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate(STORY)
 
 
 def test_configs_that_cannot_work_say_so() -> None:
@@ -163,3 +202,7 @@ def test_configs_that_cannot_work_say_so() -> None:
         LLMEngine(EngineConfig(max_model_len=5000))
     with pytest.raises(ConfigError, match="no CUDA device"):
         LLMEngine(EngineConfig(device="cuda"))
+    with pytest.raises(ConfigError, match="cpu:abc"):
+        LLMEngine(EngineConfig(device="cpu:abc"))
+    with pytest.raises(ConfigError, match="lower it"):
+        LLMEngine(EngineConfig(kv_cache_tokens=10**14))

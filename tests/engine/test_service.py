@@ -270,6 +270,15 @@ def test_strangers_and_garbage_change_nothing(start: Start, connect: Connect) ->
     assert gateway.streams[1].token_ids == scripted(1, 100)
 
 
+def test_beats_count_every_step_and_free_block(start: Start, connect: Connect) -> None:
+    gateway = connect(start(step_ms=2))
+    gateway.hello()
+    gateway.submit(1, [5] * 40, max_tokens=30)
+    gateway.until_finished(1)
+    gateway.until(lambda: gateway.beat is not None and gateway.beat.num_steps == 30)
+    assert (gateway.beat.num_running, gateway.beat.num_used_blocks) == (0, 0)
+
+
 def test_a_long_step_is_announced_before_it_begins(start: Start, connect: Connect) -> None:
     gateway = connect(start(step_ms=700))
     gateway.hello()

@@ -78,7 +78,7 @@ class SamplingParams:
         seed: Same seed and request, same tokens. Unset draws one.
         max_tokens: Output tokens at most, at least 1. Unset: what the context holds.
         min_tokens: No end of sequence, stop id or stop string before this many tokens.
-        stop: Texts that end the output where one first appears; at most 16.
+        stop: Text, or texts, that end the output where one first appears; at most 16.
         stop_token_ids: Ids that end the output; at most 64.
         ignore_eos: Treat the model's end-of-sequence ids as ordinary tokens.
         skip_special_tokens: Leave special tokens out of the text.
@@ -91,11 +91,16 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, also where it is a single text."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def violations(self, vocab_size: int) -> list[FieldViolation]:
         """Lists everything that is out of range; empty when all is well.
@@ -124,10 +129,10 @@ class SamplingParams:
             found.append(_expected("stopping.max_tokens", "at least 1", self.max_tokens))
         if self.min_tokens < 0 or self.min_tokens > (self.max_tokens or math.inf):
             found.append(_expected("stopping.min_tokens", "0 to max_tokens", self.min_tokens))
-        if len(self.stop) > MAX_STOP_STRINGS:
-            count = f"{len(self.stop)} strings"
+        if len(self.stop_strings) > MAX_STOP_STRINGS:
+            count = f"{len(self.stop_strings)} strings"
             found.append(_expected("stopping.stop", f"at most {MAX_STOP_STRINGS} strings", count))
-        for index, text in enumerate(self.stop[:MAX_STOP_STRINGS]):
+        for index, text in enumerate(self.stop_strings[:MAX_STOP_STRINGS]):
             if not 0 < len(text.encode("utf-8", "surrogatepass")) <= MAX_STOP_STRING_BYTES:
                 expected = f"1 to {MAX_STOP_STRING_BYTES} bytes of UTF-8"
                 given = f"{len(text.encode('utf-8', 'surrogatepass'))} bytes"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 
+import structlog
 import torch
 from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
@@ -24,6 +26,8 @@ from mini_infer_engine.trial_run import (
     seconds_per_token,
     trial_batch,
 )
+
+log = structlog.get_logger("engine")
 
 SMALL_MODEL_BYTES = 2**27
 """Of weights. A layer's products take microseconds then, and a thread that was put aside for
@@ -47,6 +51,11 @@ class Engine:
     scheduler: Scheduler
     runner: ModelRunner
     seconds_per_token: float
+
+    def with_empty_queues(self) -> Engine:
+        """The same model without any sequence: what to go on with where a step was broken off."""
+        pool = BlockPool(self.pool.num_blocks, self.pool.block_size)
+        return replace(self, pool=pool, scheduler=Scheduler(pool, self.scheduler.limits))
 
 
 def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> Engine:
@@ -87,6 +96,7 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
         device=device,
     )
     num_blocks = _choose_num_blocks(config, served, spec, model, buffers)
+    served = _within_cache(config, served, num_blocks)
     pool = BlockPool(num_blocks, config.block_size)
     runner = ModelRunner(model, KVCache(spec, num_blocks), buffers)
     limits = SchedulerLimits(
@@ -103,7 +113,13 @@ def _choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("device cuda: torch sees no CUDA device here; use --device cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f'device {name}: expected "cpu", "cuda" or "cuda:N"') from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def _choose_dtype(config: EngineConfig, device: torch.device) -> str:
@@ -132,6 +148,13 @@ def _choose_num_blocks(
         free_bytes=free_bytes,
         kv_cache_tokens=config.kv_cache_tokens,
     )
+    needed = num_blocks * spec.bytes_per_block
+    memory = _memory_bytes(spec.device)
+    if needed > memory:
+        raise ConfigError(
+            f"kv_cache_tokens {config.kv_cache_tokens} takes {needed} bytes, there are {memory}: "
+            "lower it"
+        )
     if num_blocks < 1:
         raise ConfigError(
             f"no block of the KV cache ({spec.bytes_per_block} bytes) fits into the "
@@ -139,6 +162,26 @@ def _choose_num_blocks(
             "max_num_batched_tokens or max_num_seqs"
         )
     return num_blocks
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _within_cache(config: EngineConfig, served: ServedModel, num_blocks: int) -> ServedModel:
+    """Lowers the context to what the cache holds, so that no request within it is refused."""
+    num_tokens = num_blocks * config.block_size
+    if num_tokens >= served.max_model_len:
+        return served
+    if config.max_model_len is not None:
+        raise ConfigError(
+            f"max_model_len {config.max_model_len} is more than the {num_tokens} tokens that the "
+            "KV cache holds: lower it or raise kv_cache_tokens"
+        )
+    log.warning("context lowered to the KV cache", model=served.max_model_len, cache=num_tokens)
+    return replace(served, max_model_len=num_tokens)
 
 
 def _free_cuda_bytes(

@@ -30,7 +30,7 @@ from mini_infer_tokenizer.chat import load_chat_template
 from mini_infer_tokenizer.detokenize import NO_STOP, Detokenizer, TextStream
 from mini_infer_tokenizer.encode import TextTokenizer
 
-from mini_infer_engine.build import build_engine
+from mini_infer_engine.build import Engine, build_engine
 from mini_infer_engine.loader import Progress
 from mini_infer_engine.scheduler import SequenceUpdate
 from mini_infer_engine.sequence import Sequence as EngineSequence
@@ -119,8 +119,14 @@ class LLMEngine:
         self._chat_template = load_chat_template(
             self.config.model_folder, self._tokenizer.special_tokens
         )
-        self._engine = build_engine(self.config, on_progress)
+        self._loaded: Engine | None = build_engine(self.config, on_progress)
         self._next_stream = 0
+
+    @property
+    def _engine(self) -> Engine:
+        if self._loaded is None:
+            raise RuntimeError("this LLMEngine is closed: make a new one")
+        return self._loaded
 
     @property
     def num_steps(self) -> int:
@@ -154,8 +160,8 @@ class LLMEngine:
         encoded = [
             self._tokenizer.encode(each, add_special_tokens)
             if isinstance(each, str)
-            else list(each)
-            for each in texts_or_ids
+            else _checked_ids(each, index)
+            for index, each in enumerate(texts_or_ids)
         ]
         return self._generate(encoded, _one_each(params, options, len(encoded)))
 
@@ -192,8 +198,8 @@ class LLMEngine:
         return self._generate(encoded, _one_each(params, options, len(encoded)))
 
     def close(self) -> None:
-        """Frees the model and its cache; the engine is not usable after."""
-        del self._engine
+        """Frees the model and its cache; the engine is not usable after. Once is enough."""
+        self._loaded = None
 
     def __enter__(self) -> LLMEngine:
         """The engine itself."""
@@ -217,10 +223,10 @@ class LLMEngine:
         ]
         try:
             self._run(generations)
-        finally:
-            # Whatever was interrupted (Ctrl-C, a prompt that cannot fit) leaves nothing behind.
-            for generation in generations:
-                self._engine.scheduler.abort(generation.sequence.key)
+        except BaseException:
+            # Ctrl-C can come at any instruction, so nothing of the queues is kept.
+            self._loaded = self._engine.with_empty_queues()
+            raise
         return [generation.output for generation in generations]
 
     def _run(self, generations: Sequence[_Generation]) -> None:
@@ -241,9 +247,14 @@ class LLMEngine:
 
     def _begin(self, prompt_ids: list[int], params: SamplingParams, index: int) -> _Generation:
         served = self._engine.served
-        violations = params.violations(served.config.vocab_size)
+        vocab_size = served.config.vocab_size
+        violations = params.violations(vocab_size)
+        field = f"prompts[{index}]"
         if not prompt_ids:
-            violations.append(FieldViolation(f"prompts[{index}]", "expected at least one token"))
+            violations.append(FieldViolation(field, "expected at least one token, got none"))
+        elif min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+            expected = f"expected token ids from 0 to {vocab_size - 1}"
+            violations.append(FieldViolation(field, expected))
         if violations:
             raise InvalidRequestError(violations)
         sampling = params.resolve(
@@ -256,14 +267,21 @@ class LLMEngine:
         return _Generation(
             served.sequence(StreamKey(b"", self._next_stream), prompt_ids, sampling),
             self._detokenizer.open(
-                stop=params.stop,
+                stop=params.stop_strings,
                 skip_special_tokens=params.skip_special_tokens,
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 min_tokens=params.min_tokens,
             ),
-            params.stop,
+            params.stop_strings,
             GenerationOutput(prompt_token_ids=prompt_ids, seed=sampling.seed),
         )
+
+
+def _checked_ids(prompt: Any, index: int) -> list[int]:
+    if isinstance(prompt, Sequence) and all(isinstance(each, int) for each in prompt):
+        return list(prompt)
+    expected = f"expected a text or a list of token ids, got {prompt!r:.80}"
+    raise InvalidRequestError([FieldViolation(f"prompts[{index}]", expected)])
 
 
 def _one_each(

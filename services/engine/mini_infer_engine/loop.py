@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-import structlog
 from mini_infer.errors import MiniInferError
 from mini_infer.messages import ENGINE_BEAT_INTERVAL_S, NO_BUDGET, EngineBeat
 
@@ -17,7 +16,8 @@ from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import StreamKey
 from mini_infer_engine.served_model import ServedModel
 
-log = structlog.get_logger("engine.loop")
+MAX_ANNOUNCED_MS = 60_000.0
+"""A process that was stopped for a while must not announce that each token takes as long."""
 
 
 class Runner(Protocol):
@@ -37,7 +37,7 @@ class StepTimer:
 
     def expected_ms(self, num_tokens: int) -> float:
         """Milliseconds that a step of so many tokens is expected to take."""
-        return self._seconds_per_token * num_tokens * 1e3
+        return min(self._seconds_per_token * num_tokens * 1e3, MAX_ANNOUNCED_MS)
 
     def note(self, num_tokens: int, seconds: float) -> None:
         """A step took so long; the slowest of late counts most."""
@@ -103,6 +103,8 @@ class EngineLoop:
             self._timer.note(batch.num_tokens, finished - started)
             updates = self._scheduler.finish_step(batch, tokens, finished)
             self._outbox.publish(batch.step, updates)
+            if self._scheduler.is_idle and not batch.is_empty:
+                self._announce(time.monotonic(), 0.0)  # that all is free again
 
     def stop(self) -> None:
         """Ends `run` after the step under way; also from a signal handler."""
@@ -152,6 +154,9 @@ class EngineLoop:
         due = now - self._last_beat >= ENGINE_BEAT_INTERVAL_S
         if not due and expected_ms < ENGINE_BEAT_INTERVAL_S * 1e3:
             return
+        self._announce(now, expected_ms)
+
+    def _announce(self, now: float, expected_ms: float) -> None:
         self._last_beat = now
         self._outbox.announce(
             EngineBeat(

@@ -94,6 +94,11 @@ class Scheduler:
         """Sequences that hold no blocks and wait for a step."""
         return len(self._waiting)
 
+    @property
+    def limits(self) -> SchedulerLimits:
+        """The bounds that it was made with."""
+        return self._limits
+
     def keys_of(self, owner: bytes) -> list[StreamKey]:
         """The sequences of one gateway that have not ended."""
         return [key for key in self._sequences if key.owner == owner]
