@@ -1,0 +1,66 @@
+"""`mini-infer chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mini_infer.cli.streaming import (
+    DEFAULT_ADDRESS,
+    Address,
+    StreamPrinter,
+    connected,
+    takes_sampling,
+)
+from mini_infer.errors import MiniInferError
+
+if TYPE_CHECKING:
+    from mini_infer.client import Client
+
+
+@takes_sampling
+def chat(
+    sampling: dict[str, Any],
+    address: Address = DEFAULT_ADDRESS,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told first.")] = "",
+) -> None:
+    """Talk to the model, which is sent the whole conversation each time.
+
+    /clear forgets the conversation, /quit ends; Ctrl-C stops an answer.
+    """
+    prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        import readline  # noqa: F401 - gives input() a history and line editing
+    beginning = [{"role": "system", "content": system}] if system else []
+    messages = list(beginning)
+    with connected(address) as client:
+        while (said := _read_line(prompt)) != "/quit":
+            if said == "/clear":
+                messages = list(beginning)
+            elif said:
+                messages = _answer(client, [*messages, {"role": "user", "content": said}], sampling)
+
+
+def _read_line(prompt: str) -> str:
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return "/quit"
+
+
+def _answer(
+    client: Client, messages: list[dict[str, str]], sampling: dict[str, Any]
+) -> list[dict[str, str]]:
+    """Prints the answer; returns the conversation with it, or without a question that failed."""
+    printer = StreamPrinter()
+    with client.generate(messages, **sampling) as stream:
+        try:
+            printer.print(stream)
+        except KeyboardInterrupt:
+            pass  # what was printed so far is the answer
+        except MiniInferError as error:
+            typer.echo(f"mini-infer: {error}", err=True)
+            return messages[:-1]
+    return [*messages, {"role": "assistant", "content": printer.text}]

@@ -1,0 +1,121 @@
+"""Command-line options made from dataclass fields, so that no field is listed twice.
+
+A field's type, default and line in the `Attributes:` of its class become the option's type,
+shown default and help.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import fields
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_tokens": "TOKENS"}
+_METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
+
+
+def option(
+    name: str,
+    annotation: Any,
+    help_text: str,
+    default: Any = None,
+    *,
+    metavar: str | None = None,
+    hidden: bool = False,
+    negatable: bool = False,
+) -> inspect.Parameter:
+    """An option as a keyword parameter of a function that typer runs."""
+    flag = name.replace("_", "-")
+    is_worth_showing = default is not None and default is not False and default not in ("", [])
+    info = typer.Option(
+        default,
+        f"--{flag}/--no-{flag}" if negatable else f"--{flag}",
+        metavar=metavar,
+        help=help_text,
+        show_default=is_worth_showing,
+        hidden=hidden,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=annotation
+    )
+
+
+def field_options(
+    dataclass_type: type[DataclassInstance], omit: Collection[str] = ()
+) -> list[inspect.Parameter]:
+    """An option for every field of a dataclass."""
+    hints = get_type_hints(dataclass_type)
+    help_texts = attribute_docs(dataclass_type)
+    return [
+        _field_option(each.name, hints[each.name], each.default, help_texts[each.name])
+        for each in fields(dataclass_type)
+        if each.name not in omit
+    ]
+
+
+def attribute_docs(documented: type) -> dict[str, str]:
+    """Reads the `Attributes:` of a class's docstring, as text by name."""
+    _, _, section = (inspect.getdoc(documented) or "").partition("Attributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", section, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def take_given(
+    ctx: typer.Context, arguments: dict[str, Any], options: Iterable[inspect.Parameter]
+) -> dict[str, Any]:
+    """Takes the options out of the arguments; returns those that were on the command line."""
+    given = {}
+    for name in (each.name for each in options):
+        value = arguments.pop(name)
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            given[name] = value
+    return given
+
+
+def with_options(
+    run: Callable[..., None],
+    command: Callable[..., None],
+    options: Sequence[inspect.Parameter],
+) -> Callable[..., None]:
+    """Shows `run` to typer as `command`, with options in place of its first argument."""
+    context, *_ = inspect.signature(run, eval_str=True).parameters.values()
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature([context, *own, *options])  # type: ignore[attr-defined]
+    return run
+
+
+def _field_option(name: str, hint: Any, default: Any, help_text: str) -> inspect.Parameter:
+    kind, is_repeated = _element_type(hint)
+    if kind is bool:
+        return option(name, bool, help_text, default, negatable=True)
+    unit = next((text for end, text in _UNITS.items() if name.endswith(end)), None)
+    metavar = unit or _METAVARS[kind]
+    if is_repeated:
+        return option(
+            name,
+            list[kind],  # type: ignore[valid-type]
+            f"{help_text} May be repeated.",
+            list(default),
+            metavar=metavar,
+        )
+    annotation = kind | None if default is None else kind
+    return option(name, annotation, help_text, default, metavar=metavar)
+
+
+def _element_type(hint: Any) -> tuple[Any, bool]:
+    """The type of one value, and whether a field holds several of it."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(each for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) in (tuple, Sequence):
+        return get_args(hint)[0], True
+    return hint, False
