@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
-from mini_infer import EngineConfig, SamplingParams
+from mini_infer import Client, EngineConfig, SamplingParams
 from mini_infer.cli import main as command_line
 from mini_infer.cli.options import attribute_docs
-from mini_infer.config import GatewayConfig, TokenizerConfig
+from mini_infer.cli.run_folder import MAX_PARENT_BYTES, PREFIX, run_folder
+from mini_infer.config import GatewayConfig, TokenizerConfig, bundled_model
+from mini_infer.errors import ConfigError
 
 COMMANDS = ["demo", "serve", "gateway", "tokenizer", "engine", "generate", "chat", "doctor"]
 MINI_INFER = [sys.executable, "-m", "mini_infer.cli.main"]
@@ -119,6 +125,54 @@ def test_errors_are_one_sentence(arguments: list[str], message: str) -> None:
     assert message in line
 
 
+@pytest.fixture
+def unconnected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`generate` and `chat` begin without asking whether a server answers."""
+    with Client("127.0.0.1:1") as client:
+        for command in ("generate", "chat"):
+            monkeypatch.setattr(
+                f"mini_infer.cli.{command}.connected", lambda _: contextlib.nullcontext(client)
+            )
+        yield
+
+
+@pytest.mark.parametrize("prompt", ["-", "\udcff\udcfe"])
+def test_a_prompt_that_is_no_text_is_one_sentence(
+    run: RunMain, monkeypatch: pytest.MonkeyPatch, unconnected: None, prompt: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
+    code, out, err = run("generate", prompt)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert "utf-8" in line.lower()
+
+
+def test_chat_goes_on_after_what_is_no_text(
+    run: RunMain, monkeypatch: pytest.MonkeyPatch, unconnected: None
+) -> None:
+    said = io.BytesIO(b"\xff\xfe\nHello\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(said, "utf-8"))
+    code, _, err = run("chat")
+    assert code == 0
+    no_text, no_server = err.splitlines()
+    assert "utf-8" in no_text.lower()
+    assert "UNAVAILABLE" in no_server
+
+
+def test_a_proxy_stands_in_no_way_of_serving() -> None:
+    with subprocess.Popen(
+        [*MINI_INFER, "serve", "--port=0", f"--model={bundled_model('demo-draft')}"],
+        env={**os.environ, "http_proxy": "http://127.0.0.1:9"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("Mini-Infer serves demo-draft on ")
+        server.terminate()
+        assert server.wait(WAIT_S) == 0
+
+
 def test_a_package_that_is_missing_is_named(run: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mini_infer.client", None)
     code, _, err = run("generate", "Hi")
@@ -213,3 +267,57 @@ def test_doctor_sees_a_taken_port(run: RunMain) -> None:
         code, out, _ = run("doctor", f"--port={taken.getsockname()[1]}")
     assert code == 1
     assert "stop what" in out
+
+
+@pytest.fixture
+def parent() -> Iterator[Path]:
+    """A folder with a short path."""
+    with tempfile.TemporaryDirectory(prefix="mi-", dir="/tmp") as path:
+        yield Path(path)
+
+
+def test_run_folders_of_killed_servers_are_removed(parent: Path) -> None:
+    killed, foreign = parent / f"{PREFIX}killed", parent / f"{PREFIX}foreign"
+    for folder in (killed, foreign):
+        folder.mkdir()
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(folder / "engine"))
+    (foreign / "thesis.txt").touch()
+    linked = parent / f"{PREFIX}linked"
+    linked.symlink_to(parent)
+    with run_folder([parent]) as living, run_folder([parent]) as other:
+        assert sorted(parent.iterdir()) == sorted([living, other, foreign, linked])
+        assert living.stat().st_mode & 0o777 == 0o700
+    assert sorted(parent.iterdir()) == sorted([foreign, linked])
+    assert (foreign / "thesis.txt").exists()
+
+
+def test_a_run_folder_is_held_no_longer_than_its_process(parent: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from mini_infer.cli.run_folder import *\n"
+        "with run_folder([Path(sys.argv[1])]): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, parent], check=False, timeout=WAIT_S)
+    (leftover,) = parent.iterdir()
+    with run_folder([parent]):
+        assert not leftover.exists()
+
+
+def test_the_run_folder_is_where_sockets_can_be(parent: Path) -> None:
+    room = MAX_PARENT_BYTES - len(str(parent)) - 1
+    longest, too_long, missing = parent / ("x" * room), parent / ("x" * (room + 1)), parent / "no"
+    longest.mkdir()
+    too_long.mkdir()
+    with (
+        run_folder([missing, too_long, longest]) as folder,
+        socket.socket(socket.AF_UNIX) as bound,
+    ):
+        assert folder.parent == longest
+        bound.bind(str(folder / "tokenizer"))
+    with pytest.raises(ConfigError, match=r"has more than .*: set TMPDIR to .* a short path"):
+        run_folder([too_long]).__enter__()
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        run_folder([missing]).__enter__()
+    (parent / "plain").touch()
+    with pytest.raises(ConfigError, match="Not a directory"):
+        run_folder([parent / "plain"]).__enter__()

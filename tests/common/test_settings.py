@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from mini_infer.config import EngineConfig, GatewayConfig, TokenizerConfig
 from mini_infer.errors import ConfigError
-from mini_infer.settings import MASK, Loaded, format_settings, load
+from mini_infer.settings import MASK, Loaded, format_settings, load, socket_folders
 
 
 @pytest.fixture
@@ -104,6 +104,7 @@ def test_an_empty_file_sets_nothing(config_file: Path) -> None:
         (b"max_num_sequences: 1\n", r"unknown key max_num_sequences: did you mean max_num_seqs\?"),
         (b"colour: blue\n", "unknown key colour: see .*--print-config"),
         (b"port: [1\n", "is not valid YAML"),
+        (b"port: 2026-02-31\n", "is not valid YAML"),
         (b"- port\n", "must hold lines like `port: 50051`"),
         (b"\xff\xfe\xfa", "is not UTF-8"),
         (b"port: many\n", r"port \(file .*\): expected a valid integer, got 'many'"),
@@ -120,6 +121,30 @@ def test_a_bad_file_is_one_sentence(config_file: Path, content: bytes, message: 
 def test_a_missing_file_is_named(config_file: Path) -> None:
     with pytest.raises(ConfigError, match=f"cannot read the config file {config_file}: No such"):
         load(GatewayConfig, config_file=config_file)
+
+
+def test_a_home_that_nobody_has_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="config file ~nouser/x: there is no such user"):
+        load(GatewayConfig, config_file=Path("~nouser/x"))
+    for config_class in (EngineConfig, TokenizerConfig):
+        with pytest.raises(ConfigError, match="model ~nouser/x: there is no such user"):
+            _ = load(config_class, {"model": "~nouser/x"}).config.model_folder
+
+
+def test_a_model_may_be_a_link_to_itself(tmp_path: Path) -> None:
+    """Its name is asked for before anybody reads it, and says what is wrong."""
+    link = tmp_path / "loop"
+    link.symlink_to(link)
+    assert EngineConfig(model=str(link)).model_name == "loop"
+
+
+def test_sockets_go_where_the_user_wants_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/scratch")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert socket_folders() == [Path("/scratch"), Path("/run/user/1000"), Path("/tmp")]
+    monkeypatch.delenv("TMPDIR")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "not/absolute")
+    assert socket_folders() == [Path("/tmp")]
 
 
 def test_all_values_that_cannot_be_parsed_are_told_at_once(

@@ -23,9 +23,12 @@ WAIT_S = 20.0
 
 SUPERVISOR = """
 import asyncio, json, sys
+from mini_infer.errors import ConfigError
 from mini_infer.supervisor import ChildProcess, ChildRefused, Supervisor
 
 async def announce():
+    if sys.argv[2] == "never":
+        await asyncio.Event().wait()
     print("ready", flush=True)
 
 children = [
@@ -36,6 +39,8 @@ try:
     asyncio.run(Supervisor(children).run(announce))
 except ChildRefused as error:
     sys.exit(f"refused: {error}")
+except ConfigError as error:
+    sys.exit(f"given up: {error}")
 """
 
 PREAMBLE = """
@@ -78,12 +83,14 @@ sys.exit(1 if open(log).read().count("start") == 1 else 2)
 class Run:
     """A supervisor process and the events that its children wrote down."""
 
-    def __init__(self, log: Path, children: list[tuple[str, str, float]]) -> None:
+    def __init__(
+        self, log: Path, children: list[tuple[str, str, float]], ready: str = "at once"
+    ) -> None:
         self._log = log
         log.touch()
         plan = json.dumps([(*child, str(log)) for child in children])
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SUPERVISOR, plan],
+            [sys.executable, "-c", SUPERVISOR, plan, ready],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -121,8 +128,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts a supervisor of children, given as name, code and grace in seconds."""
     runs: list[Run] = []
 
-    def start_run(*children: tuple[str, str, float]) -> Run:
-        runs.append(Run(tmp_path / "events", list(children)))
+    def start_run(*children: tuple[str, str, float], ready: str = "at once") -> Run:
+        runs.append(Run(tmp_path / "events", list(children), ready))
         return runs[-1]
 
     yield start_run
@@ -159,7 +166,9 @@ async def test_a_child_that_ran_well_is_started_again_soon(
     monkeypatch.setattr(supervisor, "HEALTHY_S", 0.0)
     child = ChildProcess("a", ["true"], 1.0)
     with structlog.testing.capture_logs() as logged:
-        keeper = asyncio.create_task(child.keep_running())
+        have_served = asyncio.Event()
+        have_served.set()
+        keeper = asyncio.create_task(child.keep_running(have_served))
         while len(logged) < 4:
             await asyncio.sleep(0.01)
         keeper.cancel()
@@ -228,10 +237,19 @@ def test_a_refusal_at_a_later_start_is_an_end_like_any_other(start: Callable[...
     assert run.process.poll() is None
 
 
+def test_a_child_that_never_gets_ready_is_given_up(start: Callable[..., Run]) -> None:
+    run = start(("a", WELL_BEHAVED, 5.0), ("b", FAILING, 5.0), ready="never")
+    assert run.end() == 1
+    _, err = run.process.communicate()
+    assert "given up: the b ended 3 times before it was ready, at last with exit code 1: " in err
+    assert [name for name, _, _ in run.events("start")].count("b") == 3
+    assert len(run.events("stop")) == 1
+
+
 async def test_refusing_is_told_by_its_exit_code() -> None:
     child = ChildProcess("a", [sys.executable, "-c", "raise SystemExit(2)"], 1.0)
     with pytest.raises(ChildRefused, match="a"):
-        await child.keep_running()
+        await child.keep_running(asyncio.Event())
 
 
 async def test_a_child_that_never_started_is_stopped_without_fuss() -> None:

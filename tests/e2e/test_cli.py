@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -60,7 +61,7 @@ class Server:
         return self.process.wait(WAIT_S)
 
     def close(self) -> None:
-        self.process.kill()
+        self.stop()
         self.process.communicate()
         self._log_file.close()
 
@@ -108,9 +109,11 @@ def test_serve_restarts_what_is_killed(own_server: Server, name: str) -> None:
 def test_serve_takes_its_children_along_when_it_is_killed(own_server: Server) -> None:
     children = psutil.Process(own_server.process.pid).children()
     assert len(children) == 3
+    folder = own_server.folder()
     own_server.process.kill()
     _, alive = psutil.wait_procs(children, timeout=WAIT_S)
     assert alive == []
+    shutil.rmtree(folder, ignore_errors=True)  # unless another `serve` has tidied up already
 
 
 def test_serve_drains_before_it_ends(own_server: Server) -> None:
@@ -211,6 +214,15 @@ def test_generate_tells_all_bad_fields(run: RunMain, server: str) -> None:
     assert err.count("\n") == 1
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes started here obey SIGINT, also where the tests run in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_cancels_generate(server: str) -> None:
     options = ["--max-tokens=3000", "--ignore-eos"]
     with subprocess.Popen(
@@ -268,6 +280,7 @@ def test_chat_goes_on_after_a_refused_question(server: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_an_answer_and_not_the_chat(server: str) -> None:
     options = ["--max-tokens=3000", "--ignore-eos"]
     with subprocess.Popen(

@@ -6,6 +6,7 @@ checkpoint (data type, number of blocks) is computed elsewhere, so no config is 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +90,12 @@ class EngineConfig:
     @property
     def model_folder(self) -> Path:
         """The model folder, the demo model's where none is set."""
-        return Path(self.model).expanduser() if self.model else bundled_model("demo")
+        return _folder(self.model)
 
     @property
     def model_name(self) -> str:
         """The name that clients may give."""
-        return self.served_model_name or self.model_folder.resolve().name
+        return self.served_model_name or os.path.basename(os.path.realpath(self.model_folder))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,7 @@ class TokenizerConfig:
     @property
     def model_folder(self) -> Path:
         """The model folder, the demo model's where none is set."""
-        return Path(self.model).expanduser() if self.model else bundled_model("demo")
+        return _folder(self.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +165,15 @@ class GatewayConfig:
                 "yet: pass --insecure if the network is trusted"
             )
         _raise_if_any(problems)
+
+
+def _folder(model: str) -> Path:
+    if not model:
+        return bundled_model("demo")
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"model {model}: there is no such user; pass the whole path") from None
 
 
 def _below(name: str, value: float | None, least: float) -> list[str]:

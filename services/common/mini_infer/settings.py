@@ -108,6 +108,12 @@ def format_settings(settings: Sequence[Setting]) -> str:
     )
 
 
+def socket_folders() -> list[Path]:
+    """Where sockets of this user may be, the best choice first."""
+    named = (os.environ.get("TMPDIR", ""), os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp")
+    return list(dict.fromkeys(Path(each) for each in named if each.startswith("/")))
+
+
 def flag_name(name: str) -> str:
     """The command line's name of a setting."""
     return "--" + name.replace("_", "-")
@@ -166,7 +172,9 @@ def _read_file(config_file: Path | None) -> tuple[Path | None, dict[str, object]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"cannot read the config file {file}: {reason}") from None
-    except yaml.YAMLError as error:
+    except RuntimeError:  # of expanduser
+        raise ConfigError(f"cannot read the config file {file}: there is no such user") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day like 2026-02-31
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         raise ConfigError(f"the config file {file}{line} is not valid YAML") from None

@@ -1,8 +1,9 @@
 """Keeps child processes running: what `mini-infer serve` does beside starting them.
 
-A child that ends is started again, sooner or later according to how often it ended lately. On
-SIGTERM, SIGINT or SIGHUP the children are stopped one after the other, the last one started
-first, so that nobody loses a peer that it still needs; a second signal kills them all at once.
+A child that ends is started again, sooner or later according to how often it ended lately; one
+that keeps ending before all of them served once is given up. On SIGTERM, SIGINT or SIGHUP the
+children are stopped one after the other, the last one started first, so that nobody loses a peer
+that it still needs; a second signal kills them all at once.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
+from mini_infer.errors import ConfigError
+
 EXIT_CONFIG_ERROR = 2
 """Exit code of a child that cannot start with its settings; starting it again cannot help."""
+MAX_STARTS_BEFORE_READY = 3
+"""A child that ends so often before all of them served once will not serve at all."""
 
 MIN_BACK_OFF_S = 0.2
 MAX_BACK_OFF_S = 10.0
@@ -52,11 +57,15 @@ class ChildProcess:
         self._stop_grace_s = stop_grace_s
         self._process: subprocess.Popen[bytes] | None = None
 
-    async def keep_running(self) -> None:
+    async def keep_running(self, have_served: asyncio.Event) -> None:
         """Runs the child, again and again, until cancelled.
+
+        Args:
+            have_served: Set once all children served.
 
         Raises:
             ChildRefused: Where its first run ends with `EXIT_CONFIG_ERROR`.
+            ConfigError: Where it ends `MAX_STARTS_BEFORE_READY` times before `have_served`.
         """
         back_off_s = MIN_BACK_OFF_S
         num_starts = 0
@@ -71,6 +80,11 @@ class ChildProcess:
             code = await self._ended(self._process)
             if num_starts == 1 and code == EXIT_CONFIG_ERROR:
                 raise ChildRefused(self.name)
+            if num_starts >= MAX_STARTS_BEFORE_READY and not have_served.is_set():
+                raise ConfigError(
+                    f"the {self.name} ended {num_starts} times before it was ready, at last with "
+                    f"exit code {code}: what it printed says why"
+                )
             if time.monotonic() - started_at >= HEALTHY_S:
                 back_off_s = MIN_BACK_OFF_S
             _log.warning("child_ended", child=self.name, exit_code=code, restart_in_s=back_off_s)
@@ -110,6 +124,7 @@ class Supervisor:
         """Takes the children in the order of their start."""
         self._children = tuple(children)
         self._stop_requested = asyncio.Event()
+        self._have_served = asyncio.Event()
 
     async def run(self, announce: Callable[[], Awaitable[None]]) -> None:
         """Runs the children until SIGTERM, SIGINT or SIGHUP.
@@ -119,11 +134,14 @@ class Supervisor:
 
         Raises:
             ChildRefused: Where a child cannot run with its settings; the others are stopped.
+            ConfigError: Where a child keeps ending before all served; the others are stopped.
         """
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(signal_number, self._on_signal)
-        keepers = [asyncio.create_task(child.keep_running()) for child in self._children]
+        keepers = [
+            asyncio.create_task(child.keep_running(self._have_served)) for child in self._children
+        ]
         announcement = asyncio.create_task(self._announce_once(announce))
         stop = asyncio.create_task(self._stop_requested.wait())
         tasks = [stop, announcement, *keepers]
@@ -139,6 +157,7 @@ class Supervisor:
 
     async def _announce_once(self, announce: Callable[[], Awaitable[None]]) -> None:
         await announce()
+        self._have_served.set()
         await self._stop_requested.wait()
 
     def _on_signal(self) -> None:

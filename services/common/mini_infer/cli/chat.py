@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mini_infer.cli.failures import sentence
 from mini_infer.cli.streaming import (
     DEFAULT_ADDRESS,
     Address,
@@ -14,7 +16,6 @@ from mini_infer.cli.streaming import (
     connected,
     takes_sampling,
 )
-from mini_infer.errors import MiniInferError
 
 if TYPE_CHECKING:
     from mini_infer.client import Client
@@ -33,6 +34,9 @@ def chat(
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         import readline  # noqa: F401 - gives input() a history and line editing
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text then fail with the question that they are in.
+        sys.stdin.reconfigure(errors="surrogateescape")
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
     with connected(address) as client:
@@ -55,12 +59,15 @@ def _answer(
 ) -> list[dict[str, str]]:
     """Prints the answer; returns the conversation with it, or without a question that failed."""
     printer = StreamPrinter()
-    with client.generate(messages, **sampling) as stream:
-        try:
+    try:
+        with client.generate(messages, **sampling) as stream:
             printer.print(stream)
-        except KeyboardInterrupt:
-            pass  # what was printed so far is the answer
-        except MiniInferError as error:
-            typer.echo(f"mini-infer: {error}", err=True)
-            return messages[:-1]
+    except KeyboardInterrupt:
+        pass  # what was printed so far is the answer
+    except Exception as error:
+        explanation = sentence(error)
+        if explanation is None:
+            raise
+        typer.echo(f"mini-infer: {explanation}", err=True)
+        return messages[:-1]
     return [*messages, {"role": "assistant", "content": printer.text}]

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import resource
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -17,6 +16,7 @@ from pathlib import Path
 import typer
 
 from mini_infer.cli.flags import Flags, takes_settings
+from mini_infer.cli.run_folder import run_folder
 from mini_infer.cli.serve import free_port
 from mini_infer.config import EngineConfig, GatewayConfig
 from mini_infer.errors import ConfigError
@@ -148,9 +148,11 @@ def _file_descriptors(gateway: GatewayConfig) -> Finding:
 
 
 def _run_folder() -> Finding:
+    from mini_infer.settings import socket_folders
+
     try:
-        with tempfile.TemporaryDirectory(prefix="mini-infer-") as folder:
-            return Finding("folder for sockets", State.OK, str(Path(folder).parent))
-    except OSError as error:
-        remedy = "set TMPDIR to a folder that this user can write"
-        return Finding("folder for sockets", State.MISSING, str(error), remedy)
+        with run_folder(socket_folders()) as folder:
+            return Finding("folder for sockets", State.OK, str(folder.parent))
+    except ConfigError as error:
+        detail, _, remedy = str(error).rpartition(": ")
+        return Finding("folder for sockets", State.MISSING, detail, remedy)

@@ -16,9 +16,9 @@ from mini_infer.cli import processes
 from mini_infer.cli.chat import chat
 from mini_infer.cli.demo import demo
 from mini_infer.cli.doctor import doctor
+from mini_infer.cli.failures import sentence
 from mini_infer.cli.generate import generate
 from mini_infer.cli.serve import serve
-from mini_infer.errors import ConfigError, MiniInferError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -68,22 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        sentence = _sentence(error)
-        if sentence is None:
+        explanation = sentence(error)
+        if explanation is None:
             raise
-        print(f"mini-infer: {sentence}", file=sys.stderr)
+        print(f"mini-infer: {explanation}", file=sys.stderr)
         sys.exit(EXIT_ERROR)
     sys.exit(exit_code)
-
-
-def _sentence(error: Exception) -> str | None:
-    """What to tell a person; None for a bug, which deserves its traceback."""
-    if isinstance(error, ConfigError | MiniInferError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"the package {error.name} is not installed here: `mini-infer doctor` says more"
-    explain = getattr(error, "format_message", None)  # what typer raises for a bad command line
-    return f"{explain().rstrip('.')}; --help shows the usage" if explain else None
 
 
 if __name__ == "__main__":

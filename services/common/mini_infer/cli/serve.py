@@ -6,13 +6,13 @@ import asyncio
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
 from mini_infer.cli.flags import Flags, takes_settings
+from mini_infer.cli.run_folder import run_folder
 from mini_infer.config import EngineConfig, GatewayConfig, TokenizerConfig
 from mini_infer.errors import ConfigError
 from mini_infer.supervisor import EXIT_CONFIG_ERROR, ChildProcess, ChildRefused, Supervisor
@@ -45,8 +45,10 @@ def serve(flags: Flags) -> None:
             await client.wait_until_ready(READY_TIMEOUT_S)
         typer.echo(f"Mini-Infer serves {model_name} on {_join(gateway.host, port)}")
 
-    with tempfile.TemporaryDirectory(prefix="mini-infer-") as folder:  # mode 0700
-        children = _children(flags, Path(folder), port, gateway.drain_grace_s)
+    from mini_infer.settings import socket_folders
+
+    with run_folder(socket_folders()) as folder:
+        children = _children(flags, folder, port, gateway.drain_grace_s)
         try:
             asyncio.run(Supervisor(children).run(announce))
         except ChildRefused:
