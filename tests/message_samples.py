@@ -82,6 +82,7 @@ SAMPLES: dict[str, tuple[messages.Message, ...]] = {
         messages.OpenText(5, ["\n\n", "END"], True, False, 4, [1], True),
         messages.TextStep([5], [0], [2], [100, 101], [True]),
         messages.CloseText([5]),
+        messages.CancelJobs([1, 2]),
     ),
     "from_tokenizer": (
         *_GREETINGS,

@@ -18,8 +18,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 from mini_infer import AsyncClient, Client, MiniInferError
 from mini_infer.client import Chunk, RequestFailed, Usage
-from mini_infer.client_wire import generate_request
-from mini_infer.errors import ErrorReason
+from mini_infer.client_wire import (
+    channel_options,
+    detokenize_request,
+    generate_request,
+    tokenize_request,
+)
+from mini_infer.errors import ErrorReason, InvalidRequestError
 from mini_infer.messages import FinishAccounting
 from mini_infer.v1 import generate_pb2 as pb2
 from mini_infer.v1 import inference_service_pb2 as service_pb2
@@ -404,6 +409,74 @@ def test_chat_prompt() -> None:
         ("user", "u"),
     ]
     assert not request.chat.add_generation_prompt
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"top_k": -1}, "sampling.top_k"),
+        ({"seed": -1}, "sampling.seed"),
+        ({"max_tokens": 10**11}, "stopping.max_tokens"),
+        ({"max_tokens": "5"}, "stopping.max_tokens"),
+        ({"stop": ["a", "\ud800"]}, "stopping.stop"),
+        ({"stop_token_ids": [-1]}, "stopping.stop_token_ids"),
+        ({"stream_interval": -1}, "output.stream_interval"),
+        ({"model": "\ud800"}, "model"),
+    ],
+    ids=str,
+)
+def test_value_that_no_field_holds_is_named(options: Any, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        generate_request("hi", options)
+    assert [each.field for each in caught.value.violations] == [field]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        ("\ud800", "text"),
+        ([4, -1], "token_ids.ids"),
+        ([{"role": "user", "content": "\udfff"}], "chat.messages[0].content[0].text"),
+        ([{"role": 7, "content": "a"}], "chat.messages[0].role"),
+    ],
+    ids=["text", "ids", "content", "role"],
+)
+def test_prompt_that_no_field_holds_is_named(prompt: Any, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        generate_request(prompt, {"top_k": -1})
+    assert [each.field for each in caught.value.violations] == ["sampling.top_k", field]
+    with pytest.raises(InvalidRequestError) as caught:
+        detokenize_request(prompt, None) if field == "token_ids.ids" else tokenize_request(
+            prompt, None, None
+        )
+    assert [each.field for each in caught.value.violations] == [field.removesuffix(".ids")]
+
+
+def test_proxy_of_the_environment_is_not_asked_for_this_machine(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with Client(address) as client:
+        assert client.tokenize("hi", timeout=10) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("address", "is_loopback"),
+    [
+        ("127.0.0.1:50051", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("dns:///localhost:1", True),
+        ("ipv4:127.0.0.1:1", True),
+        ("10.0.0.1:1", False),
+        ("localhost.example.com:1", False),
+        ("127.0.0.1.example.com:1", False),
+    ],
+)
+def test_proxies_are_for_other_machines(address: str, is_loopback: bool) -> None:
+    assert (("grpc.enable_http_proxy", 0) in channel_options(address)) is is_loopback
 
 
 def test_unknown_option_is_a_type_error() -> None:

@@ -9,13 +9,14 @@ import grpc
 import msgspec
 import pytest
 from gateway.harness import RunningGateway, StartGateway, begin, failure
-from gateway.stand_ins import ENGINE_WELCOME, StandInEngine
+from gateway.stand_ins import ACCOUNTING, ENGINE_WELCOME, StandInEngine
 from mini_infer import AsyncClient
 from mini_infer.client import RequestFailed
 from mini_infer.errors import ErrorReason
-from mini_infer.messages import Abort, FinishCode, Refused, Submit
+from mini_infer.messages import Abort, FinishCode, HelloNeeded, Refused, Submit
 from mini_infer.v1 import generate_pb2
 from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceStub
+from mini_infer_gateway import stream as stream_module
 
 
 async def until_idle(served: RunningGateway) -> None:
@@ -109,10 +110,36 @@ async def test_stop_string_aborts_in_the_engine_and_drops_what_follows(
     submit = await engine.next(Submit)
     await engine.step(submit.stream, 0, token_ids)
     await engine.step(submit.stream, len(token_ids), [9])
-    assert await engine.next(Abort) == Abort([submit.stream])
+    assert await engine.next(Abort) == Abort([submit.stream], answer=True)
+    await engine.step(submit.stream, len(token_ids) + 1, [], FinishCode.ABORTED)
     assert await reading == " "
-    assert stream.finish_reason == "stop"
+    assert (stream.finish_reason, stream.matched_stop) == ("stop", "fox")
+    assert stream.accounting == ACCOUNTING
     assert stream.usage.num_output_tokens == len(stream.token_ids) == num_kept
+    await until_idle(served)
+
+
+@pytest.mark.parametrize("loss", ["silence", "engine"])
+async def test_stop_string_ends_a_stream_without_the_engine_too(
+    served: RunningGateway, engine: StandInEngine, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    monkeypatch.setattr(stream_module, "ACCOUNTING_PATIENCE_S", 0.3 if loss == "silence" else 60)
+    token_ids = await served.client.tokenize(" fox", add_special_tokens=False)
+    stream = served.client.generate([5], stop="fox", stream_interval=100)
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    await engine.step(submit.stream, 0, token_ids)
+    assert await engine.next(Abort) == Abort([submit.stream], answer=True)
+    while not stream.token_ids:
+        await asyncio.sleep(0.005)
+    assert not reading.done()  # The output is not held back; only the end waits.
+    if loss == "engine":
+        await engine.send(HelloNeeded())
+    else:
+        assert await engine.next(Abort) == Abort([submit.stream])
+    assert await reading == " "
+    assert (stream.finish_reason, stream.matched_stop) == ("stop", "fox")
+    assert stream.accounting is None
     await until_idle(served)
 
 

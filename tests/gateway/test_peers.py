@@ -4,8 +4,10 @@ import asyncio
 from pathlib import Path
 
 import msgspec
+import pytest
 from gateway.harness import StartGateway
 from gateway.stand_ins import ENGINE_WELCOME, StandInEngine
+from mini_infer.client import RequestFailed
 from mini_infer.messages import FinishCode, Submit
 
 
@@ -36,3 +38,23 @@ async def test_requests_go_to_the_engine_with_the_fewest_streams(
     assert [each.engine_id for each in info.engines] == ["stand-in", "second", "other model"]
     for engine in engines:
         await engine.close()
+
+
+@pytest.mark.parametrize("vocab_size", [4095, 4097])
+async def test_engine_takes_every_id_of_the_tokenizer(
+    folder: Path, tokenizer_address: str, start_gateway: StartGateway, vocab_size: int
+) -> None:
+    """It may take more: vocabularies are padded."""
+    welcome = msgspec.structs.replace(ENGINE_WELCOME, vocab_size=vocab_size)
+    engine = StandInEngine(f"ipc://{folder}/engine", welcome)
+    is_large_enough = vocab_size >= 4096
+    served = await start_gateway(f"ipc://{folder}/engine", tokenizer_address, ready=is_large_enough)
+    links = [*served.gateway.peers.engine_links, *served.gateway.peers.tokenizer_links]
+    while not all(link.welcome for link in links):
+        await asyncio.sleep(0.01)
+    if is_large_enough:
+        assert await served.client.tokenize("a fox")
+    else:
+        with pytest.raises(RequestFailed, match="takes 4095 token ids and its tokenizer makes 40"):
+            await served.client.tokenize("a fox")
+    await engine.close()

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import grpc
 import pytest
+import structlog
 from gateway.harness import RunningGateway, StartGateway, begin, failure
 from gateway.stand_ins import StandInEngine, StandInTokenizer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from mini_infer import AsyncClient
 from mini_infer.client import RequestFailed
+from mini_infer.client_wire import request_failed
 from mini_infer.config import GatewayConfig
 from mini_infer.errors import ConfigError, ErrorReason
 from mini_infer.messages import Abort, EngineBeat, FinishCode, HelloNeeded
@@ -122,6 +124,37 @@ async def test_taken_port_is_a_config_error(folder: Path, start_gateway: StartGa
     with pytest.raises(ConfigError, match="cannot listen on"):
         await second.start()
     await second.stop()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_open_server_warns(folder: Path, start_gateway: StartGateway, host: str) -> None:
+    addresses = f"ipc://{folder}/engine", f"ipc://{folder}/tokenizer"
+    with structlog.testing.capture_logs() as logs:
+        await start_gateway(*addresses, ready=False, host=host, insecure=True)
+    warnings = [line["host"] for line in logs if line["log_level"] == "warning"]
+    assert warnings == ([host] if host == "0.0.0.0" else [])
+
+
+@pytest.mark.parametrize(
+    ("method", "content"),
+    [
+        *((each, b"\x0a\x01\xff") for each in ("Generate", "Tokenize", "Abort")),  # Not UTF-8.
+        *((each, b"\xff") for each in ("Generate", "Detokenize", "GetModelInfo", "GetServerInfo")),
+    ],
+)
+async def test_bytes_that_are_no_request_are_an_invalid_argument(
+    folder: Path, start_gateway: StartGateway, method: str, content: bytes
+) -> None:
+    addresses = f"ipc://{folder}/engine", f"ipc://{folder}/tokenizer"
+    served = await start_gateway(*addresses, ready=False)
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        call = channel.unary_unary(f"/mini_infer.v1.InferenceService/{method}")(content)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+    failed = request_failed(caught.value)
+    assert failed.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert failed.reason is ErrorReason.INVALID_FIELD
+    assert [each.field for each in failed.violations] == ["request"]
 
 
 async def test_addresses_are_needed() -> None:

@@ -18,10 +18,12 @@ from gateway.harness import (
     tokenizer_process,
 )
 from gateway.stand_ins import TOKENIZER_WELCOME, StandInEngine, StandInTokenizer
+from mini_infer.channel import MAX_FRAME_BYTES
 from mini_infer.client import RequestFailed
 from mini_infer.errors import ErrorReason
 from mini_infer.messages import (
     Abort,
+    CancelJobs,
     CloseText,
     Decode,
     Encoded,
@@ -36,6 +38,7 @@ from mini_infer.messages import (
     TextStep,
     UnknownStreams,
 )
+from mini_infer_gateway import peer_socket
 from mini_infer_gateway.tokenizer_link import PATIENCE_S, PING, TOKENIZER_LEASE_S
 
 LOST = ErrorReason.TOKENIZER_LOST
@@ -156,6 +159,33 @@ async def test_jobs_are_given_again(faked: RunningGateway, tokenizer: StandInTok
     assert again == first
     await tokenizer.send(Encoded(again.job, [1, 2]))
     await tokenizer.send(Encoded(again.job, [3]))
+    assert await encoding == [1, 2]
+
+
+async def test_job_that_nobody_waits_for_is_cancelled(
+    faked: RunningGateway, tokenizer: StandInTokenizer
+) -> None:
+    answered = asyncio.create_task(faked.client.tokenize("hello"))
+    await tokenizer.send(Encoded((await tokenizer.next(EncodeText)).job, [1]))
+    await answered
+    with pytest.raises(RequestFailed):
+        await faked.client.tokenize("hello", timeout=0.2)
+    job = (await tokenizer.next(EncodeText)).job
+    assert await tokenizer.next(CancelJobs) == CancelJobs([job])
+
+
+async def test_connection_that_zeromq_gives_up_is_replaced(
+    faked: RunningGateway, tokenizer: StandInTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer_socket, "RECONNECT_AFTER_S", 0.1)
+    encoding = asyncio.create_task(faked.client.tokenize("hello"))
+    await tokenizer.next(EncodeText)
+    await tokenizer.send_frame(bytes(MAX_FRAME_BYTES + 1))
+    await asyncio.sleep(0.5)
+    faked.tokenizer_link.tick(asyncio.get_running_loop().time() + TOKENIZER_LEASE_S + 1)
+    assert faked.tokenizer_link.welcome is None
+    again = await asyncio.wait_for(tokenizer.next(EncodeText), 10)
+    await tokenizer.send(Encoded(again.job, [1, 2]))
     assert await encoding == [1, 2]
 
 

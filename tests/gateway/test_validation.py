@@ -12,6 +12,7 @@ from mini_infer.client import RequestFailed
 from mini_infer.errors import ErrorReason, InvalidRequestError, MiniInferError
 from mini_infer.v1 import generate_pb2 as pb2
 from mini_infer.v1 import inference_service_pb2
+from mini_infer_gateway.status import MAX_VIOLATIONS
 from mini_infer_gateway.validation import (
     SUPPORTED_FIELDS,
     UNSUPPORTED_FIELDS,
@@ -63,6 +64,11 @@ OUTPUT = pb2.OutputOptions
         pytest.param({"chat": chat()}, ("chat.messages", INVALID), id="empty chat"),
         pytest.param(
             {"chat": chat(message("", HELLO))}, ("chat.messages[0].role", INVALID), id="no role"
+        ),
+        pytest.param(
+            {"chat": chat(message("x" * 65, HELLO))},
+            ("chat.messages[0].role", INVALID),
+            id="long role",
         ),
         pytest.param(
             {"chat": chat(message("user"))}, ("chat.messages[0].content", INVALID), id="no content"
@@ -193,7 +199,7 @@ def test_all_violations_come_at_once() -> None:
         priority=1,
         request_id="?",
         sampling=SAMPLING(temperature=-1, top_p=2),
-        stopping=STOPPING(max_tokens=0, stop=["x"] * 17),
+        stopping=STOPPING(max_tokens=0, stop=[""]),
         output=OUTPUT(stream_interval=0),
     )
     assert {field for field, _ in found} == {
@@ -203,13 +209,54 @@ def test_all_violations_come_at_once() -> None:
         "sampling.temperature",
         "sampling.top_p",
         "stopping.max_tokens",
-        "stopping.stop",
+        "stopping.stop[0]",
         "output.stream_interval",
     }
 
 
 def test_many_bad_ids_are_told_in_few_violations() -> None:
-    assert len(violations_of(token_ids=pb2.TokenIds(ids=[5000] * 100_000))) == 8
+    assert len(violations_of(token_ids=pb2.TokenIds(ids=[5000] * 100))) == 8
+
+
+@pytest.mark.parametrize(
+    "parts", [[pb2.ContentPart()], [pb2.ContentPart(image_url="x")]], ids=["empty", "image"]
+)
+def test_many_bad_parts_are_told_in_few_violations(parts: list[Any]) -> None:
+    found = violations_of(chat=chat(*[message("u", *parts * 4)] * 4096))
+    assert len(found) <= 2 * MAX_VIOLATIONS
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"chat": chat(*[message("u", HELLO)] * 4097)}, "chat.messages"),
+        ({"chat": chat(*[message("u", *[HELLO] * 64)] * 257)}, "chat.messages"),
+        ({"chat": chat(message("u", *[HELLO] * 65))}, "chat.messages[0].content"),
+        ({"stopping": STOPPING(stop=["x"] * 17)}, "stopping.stop"),
+        ({"stopping": STOPPING(stop_token_ids=[1] * 65)}, "stopping.stop_token_ids"),
+    ],
+    ids=["messages", "parts", "parts of a message", "stop strings", "stop ids"],
+)
+def test_long_lists_are_refused_alone(fields: dict[str, Any], path: str) -> None:
+    """Whatever else is wrong: nothing of the request is read."""
+    assert violations_of(**fields, request_id="?") == [(path, INVALID)]
+
+
+def test_many_long_lists_are_told_in_few_violations() -> None:
+    found = violations_of(chat=chat(*[message("u", *[HELLO] * 65)] * 4096))
+    assert len(found) == MAX_VIOLATIONS
+
+
+def test_more_ids_than_the_context_are_not_read() -> None:
+    ids = pb2.TokenIds(ids=[5000] * ENGINE_WELCOME.max_model_len)
+    with pytest.raises(MiniInferError) as caught:
+        check_generate(pb2.GenerateRequest(token_ids=ids), ENGINE_WELCOME, MAX_PROMPT_BYTES)
+    assert caught.value.reason is ErrorReason.CONTEXT_LENGTH_EXCEEDED
+    assert caught.value.metadata["limit"] == "128"
+
+
+def test_roles_count_as_text_of_the_chat() -> None:
+    assert violations_of(chat=chat(*[message("r" * 64, HELLO)] * 16)) == [("chat", TOO_LARGE)]
 
 
 def test_unknown_model_is_not_found() -> None:
@@ -225,6 +272,7 @@ def test_tokenize_is_checked() -> None:
         (request(text="xxx"), "text"),
         (request(chat=chat()), "chat.messages"),
         (request(chat=chat(message("u", HELLO), tools=[{}])), "chat"),
+        (request(chat=chat(*[message("u")] * 4097)), "chat.messages"),
     ]:
         with pytest.raises(InvalidRequestError) as caught:
             check_tokenize(bad, 2)
@@ -233,8 +281,10 @@ def test_tokenize_is_checked() -> None:
 
 
 def test_detokenize_and_abort_are_checked() -> None:
-    with pytest.raises(InvalidRequestError):
-        check_detokenize(inference_service_pb2.DetokenizeRequest(token_ids=[4096]), ENGINE_WELCOME)
+    request = inference_service_pb2.DetokenizeRequest
+    for bad in [4096], [0] * (2**20 + 1):
+        with pytest.raises(InvalidRequestError):
+            check_detokenize(request(token_ids=bad), ENGINE_WELCOME)
     with pytest.raises(InvalidRequestError):
         check_abort(inference_service_pb2.AbortRequest())
 

@@ -17,9 +17,17 @@ from mini_infer.messages import (
     JobRefused,
     WireChatMessage,
 )
+from mini_infer_tokenizer import jobs
 from mini_infer_tokenizer.chat import ChatTemplate, load_chat_template
 from mini_infer_tokenizer.encode import TextTokenizer
-from mini_infer_tokenizer.jobs import LARGE_JOB_CHARACTERS, Answer, Job, JobPool, JobWorker
+from mini_infer_tokenizer.jobs import (
+    LARGE_JOB_CHARACTERS,
+    MAX_LARGE_CHARACTERS,
+    Answer,
+    Job,
+    JobPool,
+    JobWorker,
+)
 
 DEMO = bundled_model("demo")
 CHAT = EncodeChat(3, [WireChatMessage("user", "Hello.")], True)
@@ -79,6 +87,16 @@ class TestWorker:
         answer = JobWorker(demo, template).do(CHAT)
         assert answer == JobRefused(3, ErrorReason.INTERNAL_ERROR, "the tokenizer failed")
 
+    def test_refuses_an_answer_that_would_not_fit_the_link(
+        self, worker: JobWorker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(jobs, "MAX_ANSWER_BYTES", 100)
+        for job in Decode(6, [2445] * 100, True), EncodeText(6, "a fox and " * 50, False):
+            answer = worker.do(job)
+            assert isinstance(answer, JobRefused)
+            assert (answer.job, answer.reason) == (6, ErrorReason.INVALID_FIELD)
+        assert isinstance(worker.do(EncodeText(6, "a fox", False)), Encoded)
+
 
 class TestPool:
     @pytest.fixture
@@ -124,6 +142,34 @@ class TestPool:
         gate.set()
         pool.submit(b"a", Decode(1, [5], True))
         assert pool.take() == [(b"a", Encoded(1, []))]
+
+    def test_jobs_that_nobody_waits_for_are_not_done(
+        self, pool: JobPool, gate: threading.Event
+    ) -> None:
+        for number in (1, 2, 3):
+            pool.submit(b"a", EncodeText(number, LARGE.text, False))
+        pool.submit(b"b", EncodeText(1, LARGE.text, False))
+        pool.submit(b"c", EncodeText(1, LARGE.text, False))
+        pool.cancel(b"a", [1, 2, 99])  # The first one runs: its answer is dropped.
+        pool.forget(b"b")
+        gate.set()
+        assert self.take(pool, 2) == [(b"a", Encoded(3, [])), (b"c", Encoded(1, []))]
+
+    def test_large_jobs_that_wait_are_bounded(self, pool: JobPool, gate: threading.Event) -> None:
+        half = EncodeText(1, "x" * (MAX_LARGE_CHARACTERS // 2), False)
+        pool.submit(b"a", half)
+        pool.submit(b"b", half)
+        pool.submit(b"c", LARGE)
+        ((gateway, refused),) = self.take(pool, 1)
+        assert isinstance(refused, JobRefused)
+        assert (gateway, refused.reason) == (b"c", ErrorReason.QUEUE_FULL)
+        pool.cancel(b"b", [1])
+        pool.submit(b"c", LARGE)
+        gate.set()
+        assert self.take(pool, 2) == [(b"a", Encoded(1, [])), (b"c", Encoded(1, []))]
+        pool.submit(b"b", half)
+        pool.submit(b"c", half)
+        assert len(self.take(pool, 2)) == 2
 
     def test_waking_makes_it_readable(self, pool: JobPool) -> None:
         assert select.select([pool], [], [], 0)[0] == []

@@ -20,6 +20,7 @@ from mini_infer.errors import ErrorReason
 from mini_infer.messages import (
     GATEWAY_LEASE_S,
     PROTOCOL_VERSION,
+    CancelJobs,
     CloseText,
     Decode,
     Decoded,
@@ -166,6 +167,26 @@ def test_a_large_prompt_does_not_delay_a_small_one(gateway: Gateway) -> None:
         assert isinstance(answer, Encoded)
         jobs.append(answer.job)
     assert jobs == [2, 1]
+
+
+def test_cancelled_jobs_are_not_done(gateway: Gateway) -> None:
+    gateway.send(*(EncodeText(number, "word" * 100_000, False) for number in range(1, 11)))
+    gateway.send(CancelJobs(list(range(1, 10))))
+    answer = gateway.receive()
+    while isinstance(answer, Encoded) and answer.job == 1:  # May have been answered before.
+        answer = gateway.receive()
+    assert isinstance(answer, Encoded)
+    assert answer.job == 10
+
+
+def test_hello_again_forgets_the_jobs(gateway: Gateway) -> None:
+    gateway.send(*(EncodeText(number, "word" * 100_000, False) for number in range(1, 11)))
+    gateway.send(Hello(PROTOCOL_VERSION, gateway.identity))
+    while not isinstance(gateway.receive(), TokenizerWelcome):
+        pass
+    answer = gateway.ask(EncodeText(11, "word" * 100_000, False))
+    assert isinstance(answer, Encoded)
+    assert answer.job == 11
 
 
 def test_columns_of_many_streams(gateway: Gateway, demo: TextTokenizer) -> None:

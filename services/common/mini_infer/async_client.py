@@ -17,7 +17,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mini_infer.client_wire import (
-    CHANNEL_OPTIONS,
     DEFAULT_ADDRESS,
     READINESS,
     READINESS_POLL_S,
@@ -27,6 +26,8 @@ from mini_infer.client_wire import (
     GenerationProgress,
     Prompt,
     cancelled,
+    channel_options,
+    detokenize_request,
     generate_request,
     not_ready_in_time,
     request_failed,
@@ -112,7 +113,7 @@ class AsyncClient:
         Args:
             address: Host and port.
         """
-        self._channel = grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, channel_options(address))
         self._stub = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -143,9 +144,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> str:
         """The text of token ids."""
-        request = pb2.DetokenizeRequest(
-            token_ids=token_ids, skip_special_tokens=skip_special_tokens
-        )
+        request = detokenize_request(token_ids, skip_special_tokens)
         response: pb2.DetokenizeResponse = await _answer(
             self._stub.Detokenize(request, timeout=timeout)
         )

@@ -19,7 +19,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mini_infer.async_client import AsyncClient, AsyncGenerationStream
 from mini_infer.client_wire import (
-    CHANNEL_OPTIONS,
     DEFAULT_ADDRESS,
     READINESS,
     READINESS_POLL_S,
@@ -30,6 +29,8 @@ from mini_infer.client_wire import (
     Prompt,
     RequestFailed,
     Usage,
+    channel_options,
+    detokenize_request,
     generate_request,
     not_ready_in_time,
     request_failed,
@@ -115,7 +116,7 @@ class Client:
         Args:
             address: Host and port.
         """
-        self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+        self._channel = grpc.insecure_channel(address, channel_options(address))
         self._stub = InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -164,9 +165,7 @@ class Client:
         Raises:
             RequestFailed: As the server says.
         """
-        request = pb2.DetokenizeRequest(
-            token_ids=token_ids, skip_special_tokens=skip_special_tokens
-        )
+        request = detokenize_request(token_ids, skip_special_tokens)
         response: pb2.DetokenizeResponse = self._call(self._stub.Detokenize, request, timeout)
         return response.text
 

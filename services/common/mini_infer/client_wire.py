@@ -5,17 +5,19 @@ Both clients are thin over this module; nothing here sends or receives.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import grpc
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
 from mini_infer.config import DEFAULT_PORT
-from mini_infer.errors import ErrorReason, FieldViolation, MiniInferError
+from mini_infer.errors import ErrorReason, FieldViolation, InvalidRequestError, MiniInferError
 from mini_infer.messages import FinishAccounting
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
@@ -25,11 +27,7 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage]
 """Text, token ids, or a conversation."""
 
 DEFAULT_ADDRESS = f"127.0.0.1:{DEFAULT_PORT}"
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    # A server that starts up is noticed within half a second.
-    ("grpc.max_reconnect_backoff_ms", 500),
-)
+_LOOPBACK = re.compile(r"((ipv4|ipv6|dns):/*)?(localhost|127\.[\d.]+|\[::1\])(:\d+)?")
 READINESS = health_pb2.HealthCheckRequest(service="readiness")
 READINESS_POLL_S = 0.05
 
@@ -190,30 +188,50 @@ class GenerationProgress:
             )
 
 
+def channel_options(address: str) -> tuple[tuple[str, int], ...]:
+    """The options of a connection.
+
+    Args:
+        address: Host and port.
+    """
+    options = [
+        ("grpc.max_receive_message_length", -1),
+        # A server that starts up is noticed within half a second.
+        ("grpc.max_reconnect_backoff_ms", 500),
+    ]
+    if _LOOPBACK.fullmatch(address):
+        # A proxy that the environment names is another machine: its loopback is not this one.
+        options.append(("grpc.enable_http_proxy", 0))
+    return tuple(options)
+
+
 def generate_request(prompt: Prompt, options: GenerateOptions) -> generate_pb2.GenerateRequest:
     """The message of a `generate` call.
 
     Raises:
         TypeError: Where an option is not known.
+        InvalidRequestError: With every value that its field cannot hold.
     """
     given: dict[str, Any] = {**options}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
     add_generation_prompt = given.pop("add_generation_prompt", None)
-    request = generate_pb2.GenerateRequest(
-        **_take(given, _REQUEST_FIELDS),
-        sampling=generate_pb2.SamplingOptions(**_take(given, _SAMPLING_FIELDS)),
-        stopping=generate_pb2.StoppingOptions(**_take(given, _STOPPING_FIELDS)),
-        output=generate_pb2.OutputOptions(**_take(given, _OUTPUT_FIELDS)),
-    )
+    request = generate_pb2.GenerateRequest()
+    writer = _Writer()
+    writer.write(request, "", _take(given, _REQUEST_FIELDS))
+    writer.write(request.sampling, "sampling.", _take(given, _SAMPLING_FIELDS))
+    writer.write(request.stopping, "stopping.", _take(given, _STOPPING_FIELDS))
+    writer.write(request.output, "output.", _take(given, _OUTPUT_FIELDS))
     if given:
         raise TypeError(f"generate() got unknown options: {', '.join(sorted(given))}")
     if isinstance(prompt, str):
-        request.text = prompt
+        writer.write(request, "", {"text": prompt})
     elif prompt and isinstance(prompt[0], Mapping):
-        request.chat.CopyFrom(_chat(prompt, add_generation_prompt))
+        writer.write_chat(request.chat, prompt, add_generation_prompt)
     else:
-        request.token_ids.CopyFrom(generate_pb2.TokenIds(ids=prompt))  # type: ignore[arg-type]
+        request.token_ids.SetInParent()
+        writer.write(request.token_ids, "token_ids.", {"ids": prompt})
+    writer.raise_violations()
     return request
 
 
@@ -222,12 +240,35 @@ def tokenize_request(
     add_special_tokens: bool | None,
     add_generation_prompt: bool | None,
 ) -> inference_service_pb2.TokenizeRequest:
-    """The message of a `tokenize` call."""
-    request = inference_service_pb2.TokenizeRequest(add_special_tokens=add_special_tokens)
+    """The message of a `tokenize` call.
+
+    Raises:
+        InvalidRequestError: With every value that its field cannot hold.
+    """
+    request = inference_service_pb2.TokenizeRequest()
+    writer = _Writer()
+    writer.write(request, "", {"add_special_tokens": add_special_tokens})
     if isinstance(source, str):
-        request.text = source
+        writer.write(request, "", {"text": source})
     else:
-        request.chat.CopyFrom(_chat(source, add_generation_prompt))
+        writer.write_chat(request.chat, source, add_generation_prompt)
+    writer.raise_violations()
+    return request
+
+
+def detokenize_request(
+    token_ids: Sequence[int], skip_special_tokens: bool | None
+) -> inference_service_pb2.DetokenizeRequest:
+    """The message of a `detokenize` call.
+
+    Raises:
+        InvalidRequestError: With every value that its field cannot hold.
+    """
+    request = inference_service_pb2.DetokenizeRequest()
+    writer = _Writer()
+    fields = {"token_ids": token_ids, "skip_special_tokens": skip_special_tokens}
+    writer.write(request, "", fields)
+    writer.raise_violations()
     return request
 
 
@@ -299,13 +340,36 @@ def _take(given: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     return {name: given.pop(name) for name in names & given.keys()}
 
 
-def _chat(messages: Any, add_generation_prompt: bool | None) -> generate_pb2.Chat:
-    return generate_pb2.Chat(
-        messages=[
-            generate_pb2.ChatMessage(
-                role=message["role"], content=[generate_pb2.ContentPart(text=message["content"])]
+class _Writer:
+    """Writes values into messages, and remembers those that their fields cannot hold."""
+
+    def __init__(self) -> None:
+        self._violations: list[FieldViolation] = []
+
+    def write(self, message: Message, path: str, fields: Mapping[str, Any]) -> None:
+        """Sets fields of a message at a path; None leaves a field absent."""
+        for name, value in fields.items():
+            try:
+                message.MergeFrom(type(message)(**{name: value}))
+            except (TypeError, ValueError) as error:
+                expected = f"expected what the field can hold, got another value: {error}"
+                self._violations.append(FieldViolation(path + name, expected))
+
+    def write_chat(
+        self, chat: generate_pb2.Chat, messages: Any, add_generation_prompt: bool | None
+    ) -> None:
+        """Writes a conversation."""
+        self.write(chat, "chat.", {"add_generation_prompt": add_generation_prompt})
+        chat.SetInParent()
+        for index, message in enumerate(messages):
+            path = f"chat.messages[{index}]."
+            written = chat.messages.add()
+            self.write(written, path, {"role": message.get("role")})
+            self.write(
+                written.content.add(), f"{path}content[0].", {"text": message.get("content")}
             )
-            for message in messages
-        ],
-        add_generation_prompt=add_generation_prompt,
-    )
+
+    def raise_violations(self) -> None:
+        """Raises `InvalidRequestError` where a value could not be written."""
+        if self._violations:
+            raise InvalidRequestError(self._violations)

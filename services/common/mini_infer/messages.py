@@ -332,6 +332,12 @@ class CloseText(Message, frozen=True, tag=35):
     streams: list[int]
 
 
+class CancelJobs(Message, frozen=True, tag=36):
+    """The answers to these jobs are not wanted any more; a job that runs may run to its end."""
+
+    jobs: list[int]
+
+
 # --- tokenizer -> gateway -----------------------------------------------------------------------
 
 
@@ -394,7 +400,15 @@ FromEngine = (
     EngineWelcome | HelloRefused | HelloNeeded | Accepted | Refused | StepOutput | EngineBeat
 )
 ToTokenizer = (
-    Hello | GatewayBeat | EncodeText | EncodeChat | Decode | OpenText | TextStep | CloseText
+    Hello
+    | GatewayBeat
+    | EncodeText
+    | EncodeChat
+    | Decode
+    | OpenText
+    | TextStep
+    | CloseText
+    | CancelJobs
 )
 FromTokenizer = (
     TokenizerWelcome

@@ -95,6 +95,11 @@ class Mailbox:
         if len(self._token_ids) >= self._min_tokens:
             self._is_ready.set()
 
+    def flush(self) -> None:
+        """Lets what was put be taken, however little it is."""
+        if self._token_ids:
+            self._is_ready.set()
+
     def end(self, end: Ending | MiniInferError) -> None:
         """Ends the stream behind what was put. The first end counts, others are ignored."""
         if self._end is None:

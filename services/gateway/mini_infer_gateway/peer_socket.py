@@ -23,10 +23,13 @@ _M = TypeVar("_M")
 
 MAX_FRAMES_PER_TURN = 64
 """Frames handled before other tasks of the loop get their turn."""
+RECONNECT_AFTER_S = 3.0
+"""A connection over which Hellos stay unanswered for so long is replaced: ZeroMQ gives up some
+connections for good, such as one that carried a frame beyond the limit."""
 
 
 class PeerSocket(Generic[_M]):
-    """A DEALER to one peer. It reconnects by itself and never blocks.
+    """A DEALER to one peer. It never blocks, and reconnects as long as Hellos are said.
 
     Attributes:
         address: Where the peer listens.
@@ -54,11 +57,13 @@ class PeerSocket(Generic[_M]):
         self.dropped: Counter[str] = Counter()
         self.heard_at = float("-inf")
         self.hello_at = float("-inf")
+        self._context = context
         self._gateway_id = gateway_id
         self._complaint = ""
         self._decoder = decoder
         self._socket = connect_dealer(context, address, gateway_id)
-        self._descriptor = int(self._socket.getsockopt(zmq.FD))
+        # Since when Hellos are unanswered; not after `heard_at` when they are answered.
+        self._asked_at = float("-inf")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_message: Callable[[_M], None] | None = None
         self._looks_again = False
@@ -67,7 +72,7 @@ class PeerSocket(Generic[_M]):
         """Begins to receive on the running loop."""
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._descriptor, self.receive_waiting)
+        self._watch(self._loop)
 
     def send(self, message: Message) -> bool:
         """Sends without waiting.
@@ -85,8 +90,14 @@ class PeerSocket(Generic[_M]):
 
     def say_hello(self) -> None:
         """Introduces this gateway, if the peer is there."""
+        now = asyncio.get_running_loop().time()
+        if self._asked_at <= self.heard_at:
+            self._asked_at = now
+        elif now - self._asked_at > RECONNECT_AFTER_S:
+            self._reconnect()
+            self._asked_at = now
         if self.send(Hello(PROTOCOL_VERSION, self._gateway_id)):
-            self.hello_at = asyncio.get_running_loop().time()
+            self.hello_at = now
 
     def complain(self, cause: str) -> None:
         """Logs what keeps the peer from being used, once for each cause."""
@@ -109,11 +120,24 @@ class PeerSocket(Generic[_M]):
 
     def close(self) -> None:
         """Disconnects."""
-        if self._loop is not None:
-            self._loop.remove_reader(self._descriptor)
         self._on_message = None
-        self._socket.close()
+        self._disconnect()
         _log.info("disconnected", address=self.address, dropped=dict(self.dropped))
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.add_reader(int(self._socket.getsockopt(zmq.FD)), self.receive_waiting)
+
+    def _disconnect(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(int(self._socket.getsockopt(zmq.FD)))
+        self._socket.close()
+
+    def _reconnect(self) -> None:
+        """Begins anew with a fresh socket, which takes the old one's identity over."""
+        self._disconnect()
+        self._socket = connect_dealer(self._context, self.address, self._gateway_id)
+        if self._loop is not None:
+            self._watch(self._loop)
 
     def _handle(self, frame: bytes, on_message: Callable[[_M], None]) -> None:
         """Passes a frame on; one that cannot be handled takes no other with it."""

@@ -20,7 +20,6 @@ from mini_infer.config import GatewayConfig
 from mini_infer.errors import ConfigError, MiniInferError
 from mini_infer.messages import from_engine_decoder, from_tokenizer_decoder
 from mini_infer.v1 import inference_service_pb2
-from mini_infer.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 
 from mini_infer_gateway.admission import Admission
 from mini_infer_gateway.engine_link import EngineLink
@@ -32,6 +31,7 @@ from mini_infer_gateway.tokenizer_link import TokenizerLink
 
 _log = structlog.get_logger()
 
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 MAX_METADATA_BYTES = 16 * 2**10
 MIN_CLIENT_PING_INTERVAL_MS = 30_000
 MAX_CONNECTION_IDLE_MS = 600_000
@@ -69,9 +69,7 @@ class Gateway:
             ConfigError: Where the port cannot be bound.
         """
         service = InferenceService(self._config, self.peers, self.admission)
-        add_InferenceServiceServicer_to_server(  # type: ignore[no-untyped-call]
-            service, self._server
-        )
+        self._server.add_generic_rpc_handlers((service.handlers(),))
         add_HealthServicer_to_server(self._health.servicer, self._server)
         services = [
             *inference_service_pb2.DESCRIPTOR.services_by_name.values(),
@@ -93,6 +91,8 @@ class Gateway:
         ]
         await self._health.publish()
         await self._server.start()
+        if self._config.insecure and self._config.host not in LOOPBACK_HOSTS:
+            _log.warning("every machine that reaches the port may use this server", host=host)
         return f"{host}:{port}"
 
     async def wait_until(self, told_to_stop: asyncio.Event) -> None:

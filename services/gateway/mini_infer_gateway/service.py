@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 import grpc
 import mini_infer
 import structlog
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 from mini_infer.config import GatewayConfig
-from mini_infer.errors import ErrorReason, MiniInferError
+from mini_infer.errors import ErrorReason, FieldViolation, InvalidRequestError, MiniInferError
 from mini_infer.v1 import inference_service_pb2 as pb2
 from mini_infer.v1.generate_pb2 import GenerateRequest
 from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceServicer
@@ -32,11 +34,15 @@ _Response = TypeVar("_Response")
 def _rpc(
     method: Callable[[InferenceService, _Request, Any], Awaitable[_Response]],
 ) -> Callable[[InferenceService, _Request, Any], Awaitable[_Response]]:
-    """Turns what a method raises into the call's status."""
+    """Turns what a method raises into the call's status, and a request that is an error."""
 
     @functools.wraps(method)
-    async def call(self: InferenceService, request: _Request, context: Any) -> _Response:
+    async def call(
+        self: InferenceService, request: _Request | MiniInferError, context: Any
+    ) -> _Response:
         try:
+            if isinstance(request, MiniInferError):
+                raise request
             return await method(self, request, context)
         except MiniInferError as error:
             await status.abort(context, error)
@@ -49,6 +55,19 @@ def _rpc(
             await status.abort(context, failed)
 
     return call
+
+
+def _reader(kind: type[Message]) -> Callable[[bytes], Message | MiniInferError]:
+    """A deserializer whose failure is a value: gRPC gives a status without details for others."""
+
+    def read(content: bytes) -> Message | MiniInferError:
+        try:
+            return kind.FromString(content)
+        except DecodeError:
+            expected = f"expected a {kind.DESCRIPTOR.full_name} whose strings are UTF-8"
+            return InvalidRequestError([FieldViolation("request", f"{expected}, got other bytes")])
+
+    return read
 
 
 class InferenceService(InferenceServiceServicer):
@@ -66,6 +85,23 @@ class InferenceService(InferenceServiceServicer):
             max_prompt_bytes=config.max_prompt_bytes,
             write_stall_s=config.write_stall_s,
         )
+
+    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """What a server needs to know of the methods."""
+        service = pb2.DESCRIPTOR.services_by_name["InferenceService"]
+        handlers = {}
+        for method in service.methods:
+            make = (
+                grpc.unary_stream_rpc_method_handler
+                if method.server_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            handlers[method.name] = make(
+                getattr(self, method.name),
+                request_deserializer=_reader(GetMessageClass(method.input_type)),
+                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            )
+        return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
     @_rpc
     async def Generate(self, request: GenerateRequest, context: Context) -> None:

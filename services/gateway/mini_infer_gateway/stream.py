@@ -30,6 +30,10 @@ _END_REASONS = {
 }
 
 
+ACCOUNTING_PATIENCE_S = 1.0
+"""How long the end of a stream that a stop string ended waits for the engine's accounting."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
     """How a stream's ids become text. `ids_only` asks for stop strings without text."""
@@ -122,6 +126,8 @@ class Stream:
         self.finish: EngineFinish | None = None
         self._deadline = deadline
         self._text_options = text_options
+        self._stop_string: str | None = None  # The one that was matched.
+        self._patience: asyncio.TimerHandle | None = None
         self._engine = engine
         self._text = text
 
@@ -146,7 +152,10 @@ class Stream:
         start = len(self.output_ids)
         self.output_ids += token_ids
         self.finish = finish
-        if finish is not None and finish.code is FinishCode.DEADLINE:
+        if self._stop_string is not None:
+            if finish is not None:
+                self._end(EndReason.STOP)
+        elif finish is not None and finish.code is FinishCode.DEADLINE:
             self.fail(MiniInferError(ErrorReason.DEADLINE, "the request's deadline has passed"))
         elif self._text_options is None:
             self.release(len(token_ids), "", -1)
@@ -171,7 +180,7 @@ class Stream:
             self.fail(error)
             return
         if stop_index >= 0 and self._text_options is not None:
-            self._end(EndReason.STOP, stop_string=self._text_options.stop[stop_index])
+            self._stop_at(self._text_options.stop[stop_index])
         elif self.finish is not None and end == len(self.output_ids):
             matched = self.finish.stop_token_id
             self._end(
@@ -184,7 +193,13 @@ class Stream:
         self._engine.abort(self)
 
     def fail(self, error: MiniInferError) -> None:
-        """Ends the stream with an error, behind what was released."""
+        """Ends the stream with an error, behind what was released.
+
+        Where a stop string was matched, nothing is missing but the accounting: it ends regularly.
+        """
+        if self._stop_string is not None:
+            self._end(EndReason.STOP)
+            return
         self.mailbox.end(error)
         self.close()
 
@@ -193,16 +208,28 @@ class Stream:
 
         May be called at any time, any number of times.
         """
+        if self._patience is not None:
+            self._patience.cancel()
         self._engine.forget(self)
         self._text.forget(self)
 
-    def _end(
-        self, reason: EndReason, stop_string: str | None = None, stop_token_id: int | None = None
-    ) -> None:
+    def _stop_at(self, stop_string: str) -> None:
+        """Ends the output here, and the stream as soon as the engine has said its last word."""
+        self._stop_string = stop_string
+        if self.finish is not None:
+            self._end(EndReason.STOP)
+            return
+        self.mailbox.flush()
+        self._text.forget(self)
+        self._engine.abort(self)
+        loop = asyncio.get_running_loop()
+        self._patience = loop.call_later(ACCOUNTING_PATIENCE_S, self._end, EndReason.STOP)
+
+    def _end(self, reason: EndReason, stop_token_id: int | None = None) -> None:
         ending = Ending(
             reason=reason,
             num_output_tokens=self.num_released,
-            stop_string=stop_string,
+            stop_string=self._stop_string,
             stop_token_id=stop_token_id,
             accounting=self.finish.accounting if self.finish else None,
         )

@@ -21,6 +21,7 @@ from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.messages import (
     GATEWAY_BEAT_INTERVAL_S,
     PROTOCOL_VERSION,
+    CancelJobs,
     CloseText,
     Decode,
     Decoded,
@@ -131,7 +132,9 @@ class TokenizerLink:
             self._send(job)
             return await answer
         finally:
-            self._jobs.pop(number, None)
+            if self._jobs.pop(number, None) is not None and self.welcome is not None:
+                # Nobody waits any more. Where the pipe does not take it, the job is done in vain.
+                self._socket.send(CancelJobs([number]))
 
     def open(self, stream: Stream, options: TextOptions) -> None:
         """Begins to turn the stream's ids into text."""

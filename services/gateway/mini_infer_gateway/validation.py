@@ -1,5 +1,8 @@
 """Checks of what clients send: every violation of a request is told at once.
 
+Lists come first, alone: their lengths are known without reading them, and reading one of millions
+would keep the loop from all other requests.
+
 Fields that are not built yet are refused where they are set, never ignored. Each field of a
 request message stands in exactly one of two tables, `SUPPORTED_FIELDS` and `UNSUPPORTED_FIELDS`;
 a test walks the descriptors and compares.
@@ -10,15 +13,18 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from mini_infer.errors import ErrorReason, FieldViolation, InvalidRequestError, MiniInferError
 from mini_infer.messages import EngineWelcome
+from mini_infer.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
 from mini_infer_gateway import wire
 from mini_infer_gateway.request import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
+from mini_infer_gateway.status import MAX_VIOLATIONS
 
 SUPPORTED_FIELDS = frozenset(
     {
@@ -74,6 +80,14 @@ UNSUPPORTED_FIELDS = {
 """A message type that stands here as a field is refused as a whole."""
 
 MAX_STREAM_INTERVAL = 1024
+MAX_MESSAGES = 4096
+"""Of a chat."""
+MAX_MESSAGE_PARTS = 64
+MAX_PARTS = 16_384
+"""Of all messages of a chat together."""
+MAX_ROLE_BYTES = 64
+MAX_DECODED_IDS = 2**20
+"""Of a Detokenize call."""
 MAX_LISTED_TOKEN_IDS = 8
 """Bad ids that are named; a prompt may hold millions of them."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -85,7 +99,8 @@ def check_generate(
     """The request that a message stands for.
 
     Raises:
-        MiniInferError: MODEL_NOT_FOUND where another model is asked for.
+        MiniInferError: MODEL_NOT_FOUND where another model is asked for,
+            CONTEXT_LENGTH_EXCEEDED where there are too many ids.
         InvalidRequestError: With every violation.
     """
     if message.model and message.model != model.model:
@@ -94,8 +109,20 @@ def check_generate(
             f"expected model {model.model}, got {message.model[:128]}",
             {"model": message.model[:128], "served": model.model},
         )
-    prompt = wire.read_prompt(message)
+    stopping = message.stopping
+    _check_lists(
+        ("stopping.stop", len(stopping.stop), MAX_STOP_STRINGS, "strings"),
+        ("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids"),
+        *_chat_lists(message.chat),
+    )
     params = wire.read_sampling_params(message)
+    num_ids, max_model_len = len(message.token_ids.ids), model.max_model_len
+    if num_ids >= max_model_len:
+        # Raises what any prompt of so many tokens does, before the ids are read.
+        params.resolve(
+            model.defaults, num_prompt_tokens=num_ids, max_model_len=max_model_len, seed=0
+        )
+    prompt = wire.read_prompt(message)
     request_id = wire.optional_field(message, "request_id")
     stream_interval = wire.optional_field(message.output, "stream_interval", 1)
     violations = [
@@ -127,6 +154,7 @@ def check_tokenize(
     Raises:
         InvalidRequestError: With every violation.
     """
+    _check_lists(*_chat_lists(message.chat))
     source = wire.read_tokenize_input(message)
     violations = _unsupported_fields(message)
     match source:
@@ -149,6 +177,7 @@ def check_detokenize(
     Raises:
         InvalidRequestError: With every violation.
     """
+    _check_lists(("token_ids", len(message.token_ids), MAX_DECODED_IDS, "ids"))
     token_ids = list(message.token_ids)
     violations = _token_id_violations("token_ids", token_ids, model.vocab_size)
     if violations:
@@ -168,9 +197,40 @@ def check_abort(message: inference_service_pb2.AbortRequest) -> str:
     return message.request_id
 
 
+def _check_lists(*lists: tuple[str, int, int, str]) -> None:
+    """Checks the lengths of lists.
+
+    Args:
+        lists: Of each the path of its field, its length, the greatest length, and of what.
+
+    Raises:
+        InvalidRequestError: With every list that is too long.
+    """
+    too_long = [
+        FieldViolation(field, f"expected at most {maximum} {unit}, got {length} {unit}")
+        for field, length, maximum, unit in lists
+        if length > maximum
+    ]
+    if too_long:
+        raise InvalidRequestError(too_long[:MAX_VIOLATIONS])
+
+
+def _chat_lists(chat: generate_pb2.Chat) -> list[tuple[str, int, int, str]]:
+    """The lists of a chat; those of its messages as far as there may be messages."""
+    num_parts = [len(each.content) for each in islice(chat.messages, MAX_MESSAGES)]
+    return [
+        ("chat.messages", len(chat.messages), MAX_MESSAGES, "messages"),
+        ("chat.messages", sum(num_parts), MAX_PARTS, "parts"),
+        *(
+            (f"chat.messages[{index}].content", length, MAX_MESSAGE_PARTS, "parts")
+            for index, length in enumerate(num_parts)
+        ),
+    ]
+
+
 def _unsupported_fields(message: Message) -> list[FieldViolation]:
-    """The fields that are set and not supported."""
-    return list(_walk(message, ""))
+    """The fields that are set and not supported, as far as they are told."""
+    return list(islice(_walk(message, ""), MAX_VIOLATIONS))
 
 
 def _walk(message: Message, prefix: str) -> Iterator[FieldViolation]:
@@ -224,12 +284,12 @@ def _token_id_violations(
 ) -> list[FieldViolation]:
     if not token_ids or max(token_ids) < vocab_size:
         return []
-    bad = [index for index, token_id in enumerate(token_ids) if token_id >= vocab_size]
+    bad = (index for index, token_id in enumerate(token_ids) if token_id >= vocab_size)
     return [
         FieldViolation(
             f"{field}[{index}]", f"expected 0 to {vocab_size - 1}, got {token_ids[index]}"
         )
-        for index in bad[:MAX_LISTED_TOKEN_IDS]
+        for index in islice(bad, MAX_LISTED_TOKEN_IDS)
     ]
 
 
@@ -238,19 +298,26 @@ def _chat_violations(
 ) -> list[FieldViolation]:
     if not prompt.messages:
         return [FieldViolation("chat.messages", "expected at least 1 message, got none")]
-    contents = [each.content for each in prompt.messages]
-    found = _size_violations("chat", contents, max_prompt_bytes)
+    texts = (text for each in prompt.messages for text in (each.role, each.content))
+    return [
+        *_size_violations("chat", texts, max_prompt_bytes),
+        *islice(_message_violations(chat), MAX_VIOLATIONS),
+    ]
+
+
+def _message_violations(chat: generate_pb2.Chat) -> Iterator[FieldViolation]:
     for index, message in enumerate(chat.messages):
         field = f"chat.messages[{index}]"
-        if not message.role:
-            found.append(FieldViolation(f"{field}.role", "expected a role, got none"))
+        num_role_bytes = len(message.role.encode())
+        if not 1 <= num_role_bytes <= MAX_ROLE_BYTES:
+            expected = f"expected 1 to {MAX_ROLE_BYTES} bytes of UTF-8, got {num_role_bytes}"
+            yield FieldViolation(f"{field}.role", expected)
         if not message.content:
-            found.append(FieldViolation(f"{field}.content", "expected at least 1 part, got none"))
+            yield FieldViolation(f"{field}.content", "expected at least 1 part, got none")
         for part_index, part in enumerate(message.content):
             if part.WhichOneof("part") is None:
                 path = f"{field}.content[{part_index}]"
-                found.append(FieldViolation(path, "expected a text, got none"))
-    return found
+                yield FieldViolation(path, "expected a text, got none")
 
 
 def _request_id_violations(request_id: str) -> list[FieldViolation]:

@@ -2,19 +2,29 @@
 
 The tokenizers library releases the interpreter lock while it encodes, so a prompt of a megabyte
 (about half a second) neither stops the loop that detokenizes nor, having a thread of its own,
-delays a short prompt.
+delays a short prompt. How much work waits is bounded, and what nobody waits for is not done.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 import structlog
 from mini_infer.errors import ErrorReason, MiniInferError
-from mini_infer.messages import Decode, Decoded, EncodeChat, Encoded, EncodeText, JobRefused
+from mini_infer.messages import (
+    Decode,
+    Decoded,
+    EncodeChat,
+    Encoded,
+    EncodeText,
+    JobRefused,
+    encode,
+)
 
 from mini_infer_tokenizer.chat import ChatTemplate
 from mini_infer_tokenizer.encode import TextTokenizer
@@ -24,6 +34,10 @@ Answer = Encoded | Decoded | JobRefused
 
 LARGE_JOB_CHARACTERS = 16 * 1024
 """A job above it takes milliseconds, and waits only for others of its kind."""
+MAX_LARGE_CHARACTERS = 16 * 2**20
+"""Of the large jobs that wait or run, together: about ten seconds of work."""
+MAX_ANSWER_BYTES = 16 * 2**20
+"""Of an answer's frame, far below what the sockets take: a larger one would end the link."""
 MAX_IDS_AT_ONCE = 256
 """Decoding so few takes microseconds; gateways ask for it to see that the loop turns."""
 _CHARACTERS_PER_ID = 4
@@ -42,21 +56,32 @@ class JobWorker:
     def do(self, job: Job) -> Answer:
         """Does a job; whatever goes wrong is the answer, and ends this job alone."""
         try:
-            match job:
-                case EncodeText():
-                    ids = self._tokenizer.encode(job.text, job.add_special_tokens)
-                    return Encoded(job.job, ids)
-                case EncodeChat():
-                    return Encoded(job.job, self._tokenizer.encode(self._render(job), False))
-                case Decode():
-                    text = self._tokenizer.decode(job.token_ids, job.skip_special_tokens)
-                    return Decoded(job.job, text)
+            answer = self._answer(job)
+            num_bytes = len(encode(answer))
+            if num_bytes > MAX_ANSWER_BYTES:
+                raise MiniInferError(
+                    ErrorReason.INVALID_FIELD,
+                    f"expected an input whose answer has at most {MAX_ANSWER_BYTES} bytes, got "
+                    f"{num_bytes}: send less of it at once",
+                )
+            return answer
         except MiniInferError as error:
             return JobRefused(job.job, error.reason, error.message)
         except Exception as error:
             # The traceback's last line may quote the prompt, so only the type is logged.
             _log.error("job failed", job=type(job).__name__, error=type(error).__name__)
             return JobRefused(job.job, ErrorReason.INTERNAL_ERROR, "the tokenizer failed")
+
+    def _answer(self, job: Job) -> Encoded | Decoded:
+        match job:
+            case EncodeText():
+                ids = self._tokenizer.encode(job.text, job.add_special_tokens)
+                return Encoded(job.job, ids)
+            case EncodeChat():
+                return Encoded(job.job, self._tokenizer.encode(self._render(job), False))
+            case Decode():
+                text = self._tokenizer.decode(job.token_ids, job.skip_special_tokens)
+                return Decoded(job.job, text)
 
     def _render(self, job: EncodeChat) -> str:
         if self._chat_template is None:
@@ -68,10 +93,21 @@ class JobWorker:
         return self._chat_template.render(messages, job.add_generation_prompt)
 
 
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """A job until it is answered or cancelled; from then on `job` is None."""
+
+    gateway: bytes
+    number: int
+    job: Job | None
+    num_large_characters: int = 0
+
+
 class JobPool:
     """Threads that do jobs, and the answers that wait to be sent.
 
-    `fileno` makes it pollable: it is readable while there may be answers to `take`.
+    `fileno` makes it pollable: it is readable while there may be answers to `take`. Only one
+    thread may call the other methods; the pool's own threads read tickets and put answers.
     """
 
     def __init__(self, do: Callable[[Job], Answer], num_threads: int) -> None:
@@ -84,18 +120,39 @@ class JobPool:
         self._do = do
         self._small = ThreadPoolExecutor(max(1, num_threads - 1), "small-jobs")
         self._large = ThreadPoolExecutor(1, "large-jobs")
-        self._answers: SimpleQueue[tuple[bytes, Answer]] = SimpleQueue()
+        self._tickets: defaultdict[bytes, dict[int, _Ticket]] = defaultdict(dict)
+        self._num_large_characters = 0
+        self._answers: SimpleQueue[tuple[_Ticket, Answer]] = SimpleQueue()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
 
     def submit(self, gateway: bytes, job: Job) -> None:
-        """Queues a job of a gateway; a short decode is done at once."""
+        """Queues a job of a gateway, or refuses it; a short decode is done at once."""
+        ticket = self._tickets[gateway][job.job] = _Ticket(gateway, job.job, job)
+        num_characters = _num_characters(job)
         if isinstance(job, Decode) and len(job.token_ids) <= MAX_IDS_AT_ONCE:
-            self._run(gateway, job)
-            return
-        pool = self._large if _num_characters(job) > LARGE_JOB_CHARACTERS else self._small
-        pool.submit(self._run, gateway, job)
+            self._run(ticket)
+        elif num_characters <= LARGE_JOB_CHARACTERS:
+            self._small.submit(self._run, ticket)
+        elif self._num_large_characters + num_characters > MAX_LARGE_CHARACTERS:
+            self._put(ticket, _queue_full(job))
+        else:
+            ticket.num_large_characters = num_characters
+            self._num_large_characters += num_characters
+            self._large.submit(self._run, ticket)
+
+    def cancel(self, gateway: bytes, numbers: Iterable[int]) -> None:
+        """Drops jobs of a gateway; those that run go on, and their answers are dropped."""
+        for number in numbers:
+            ticket = self._tickets[gateway].get(number)
+            if ticket is not None:
+                self._close(ticket)
+
+    def forget(self, gateway: bytes) -> None:
+        """Drops all jobs of a gateway."""
+        self.cancel(gateway, list(self._tickets[gateway]))
+        del self._tickets[gateway]
 
     def take(self) -> list[tuple[bytes, Answer]]:
         """The answers since the last call, each with its gateway."""
@@ -103,12 +160,15 @@ class JobPool:
             self._woken.recv(4096)
         except BlockingIOError:
             pass
-        answers = []
+        answers: list[tuple[bytes, Answer]] = []
         while True:
             try:
-                answers.append(self._answers.get_nowait())
+                ticket, answer = self._answers.get_nowait()
             except Empty:
                 return answers
+            if ticket.job is not None:
+                self._close(ticket)
+                answers.append((ticket.gateway, answer))
 
     def wake(self) -> None:
         """Makes the pool readable; safe to call from a thread or a signal handler."""
@@ -128,9 +188,26 @@ class JobPool:
         self._woken.close()
         self._waker.close()
 
-    def _run(self, gateway: bytes, job: Job) -> None:
-        self._answers.put((gateway, self._do(job)))
+    def _run(self, ticket: _Ticket) -> None:
+        job = ticket.job
+        if job is not None:
+            self._put(ticket, self._do(job))
+
+    def _put(self, ticket: _Ticket, answer: Answer) -> None:
+        self._answers.put((ticket, answer))
         self.wake()
+
+    def _close(self, ticket: _Ticket) -> None:
+        """Ends a ticket, and gives the memory of its job back."""
+        ticket.job = None
+        self._num_large_characters -= ticket.num_large_characters
+        self._tickets[ticket.gateway].pop(ticket.number, None)
+
+
+def _queue_full(job: Job) -> JobRefused:
+    return JobRefused(
+        job.job, ErrorReason.QUEUE_FULL, "too many long prompts wait to be encoded: try again later"
+    )
 
 
 def _num_characters(job: Job) -> int:

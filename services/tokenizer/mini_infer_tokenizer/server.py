@@ -20,6 +20,7 @@ from mini_infer.config import TokenizerConfig
 from mini_infer.messages import (
     GATEWAY_LEASE_S,
     PROTOCOL_VERSION,
+    CancelJobs,
     CloseText,
     Decode,
     EncodeChat,
@@ -180,6 +181,8 @@ class TokenizerServer:
                 texts.close(streams)
             case EncodeText() | EncodeChat() | Decode():
                 self._jobs.submit(identity, message)
+            case CancelJobs(jobs=numbers):
+                self._jobs.cancel(identity, numbers)
             case GatewayBeat(live_streams=streams):
                 texts.keep_only(streams)
 
@@ -205,6 +208,7 @@ class TokenizerServer:
     def _forget(self, identity: bytes, cause: str) -> None:
         gateway = self._gateways.pop(identity, None)
         if gateway is not None:
+            self._jobs.forget(identity)
             _log.info("gateway gone", gateway=repr(identity), cause=cause, texts=len(gateway.texts))
 
     def _send(self, identity: bytes, message: Message) -> None:
