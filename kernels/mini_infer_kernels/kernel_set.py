@@ -15,7 +15,7 @@ from mini_infer_kernels.reference.paged_attention import (
     reference_decode_attention,
     reference_prefill_attention,
 )
-from mini_infer_kernels.reference.rmsnorm import reference_add_rmsnorm, reference_rmsnorm
+from mini_infer_kernels.reference.rmsnorm import reference_rmsnorm
 from mini_infer_kernels.reference.rope import reference_rope
 from mini_infer_kernels.reference.store_kv import reference_store_kv
 
@@ -25,8 +25,7 @@ class KernelSet:
     """One implementation of each operation; the references' docstrings are the contracts."""
 
     rmsnorm: Callable[..., torch.Tensor]
-    add_rmsnorm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    rope: Callable[..., torch.Tensor]
+    rope: Callable[..., None]
     silu_and_mul: Callable[..., torch.Tensor]
     store_kv: Callable[..., None]
     decode_attention: Callable[..., torch.Tensor]
@@ -35,7 +34,6 @@ class KernelSet:
 
 REFERENCE = KernelSet(
     rmsnorm=reference_rmsnorm,
-    add_rmsnorm=reference_add_rmsnorm,
     rope=reference_rope,
     silu_and_mul=reference_silu_and_mul,
     store_kv=reference_store_kv,

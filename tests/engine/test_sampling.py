@@ -5,10 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from mini_infer_engine import sampling
 from mini_infer_engine.batch import SamplingColumns
-from mini_infer_engine.sampling import sample, uniform
+from mini_infer_engine.sampling import uniform
 
 VOCAB = 50
+
+
+def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen, finite = sampling.sample(logits, columns)
+    return torch.tensor(chosen), torch.tensor(finite)
 
 
 def columns(

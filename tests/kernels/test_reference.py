@@ -11,7 +11,7 @@ from mini_infer_kernels.reference.paged_attention import (
     reference_decode_attention,
     reference_prefill_attention,
 )
-from mini_infer_kernels.reference.rmsnorm import reference_add_rmsnorm, reference_rmsnorm
+from mini_infer_kernels.reference.rmsnorm import reference_rmsnorm
 from mini_infer_kernels.reference.rope import reference_rope, rope_table
 from mini_infer_kernels.reference.store_kv import reference_store_kv
 
@@ -35,17 +35,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 256), (2, 3, 129)], ids=str)
 def test_rmsnorm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    weight = torch.randn(shape[-1]).to(dtype)
-    total = (x + residual).double()
-    for got, wide in (
-        (reference_rmsnorm(x, weight, 1e-5), x.double()),
-        (reference_add_rmsnorm(x, residual, weight, 1e-5)[0], total),
-    ):
-        mean = wide.square().sum(-1, keepdim=True) / shape[-1]
-        assert_close(got, wide / (mean + 1e-5).sqrt() * weight.double())
-        assert got.dtype == dtype
-    assert torch.equal(reference_add_rmsnorm(x, residual, weight, 1e-5)[1], x + residual)
+    x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    mean = x.double().square().sum(-1, keepdim=True) / shape[-1]
+    got = reference_rmsnorm(x, weight, 1e-5)
+    assert_close(got, x.double() / (mean + 1e-5).sqrt() * weight.double())
+    assert got.dtype == dtype
 
 
 @dtypes
@@ -53,9 +47,12 @@ def test_rope_turns_each_pair_by_its_angle(dtype: torch.dtype) -> None:
     head_dim, theta = 10, 500.0
     positions = [0, 1, 63]
     cos, sin = rope_table(head_dim, 64, theta, torch.device("cpu"))
-    x = torch.randn(3, 2, head_dim).to(dtype)
+    heads = torch.randn(3, 3, head_dim).to(dtype)
+    x, others = heads.clone()[:, :2], heads[:, 2:].clone()
     rows = torch.tensor(positions)
-    got = reference_rope(x, cos[rows, None].to(dtype), sin[rows, None].to(dtype))
+    got = heads[:, :2]
+    reference_rope(got, cos[rows, None].to(dtype), sin[rows, None].to(dtype))
+    assert torch.equal(heads[:, 2:], others)
     expected = torch.empty(3, 2, head_dim, dtype=torch.float64)
     half = head_dim // 2
     for token, position in enumerate(positions):
@@ -76,34 +73,33 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
 
 
 def test_store_kv_writes_its_slots_and_no_others() -> None:
-    keys, values = torch.full((2, 6, BLOCK_SIZE, 2, 3), torch.nan)
-    new_keys, new_values = torch.randn(2, 3, 2, 3)
+    cache = torch.full((6, BLOCK_SIZE, 4, 3), torch.nan)
+    new = torch.randn(3, 4, 3)
     slots = [21, 0, 7]
-    reference_store_kv(new_keys, new_values, keys, values, torch.tensor(slots))
-    for cache, new in ((keys, new_keys), (values, new_values)):
-        flat = cache.view(-1, 2, 3)
-        assert torch.equal(flat[slots], new)
-        assert flat.isfinite().all(-1).all(-1).sum() == len(slots)
+    reference_store_kv(new, cache, torch.tensor(slots))
+    flat = cache.view(-1, 4, 3)
+    assert torch.equal(flat[slots], new)
+    assert flat.isfinite().all(-1).all(-1).sum() == len(slots)
 
 
 def paged(
     contexts: list[int], num_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """Sequences of random keys and values in shuffled blocks; slots behind them hold 1e4."""
     most = max(-(-context // BLOCK_SIZE) for context in contexts)
     order = torch.randperm(len(contexts) * most + 3)
-    caches = torch.full((2, len(order), BLOCK_SIZE, num_kv_heads, head_dim), 1e4).to(dtype)
+    cache = torch.full((len(order), BLOCK_SIZE, 2 * num_kv_heads, head_dim), 1e4).to(dtype)
     tables = torch.zeros(len(contexts), most, dtype=torch.int64)
     dense: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for row, context in enumerate(contexts):
         used = -(-context // BLOCK_SIZE)
         tables[row, :used] = order[row * most : row * most + used]
-        for cache, sequences in zip(caches, dense, strict=True):
+        for half, sequences in zip(cache.split(num_kv_heads, 2), dense, strict=True):
             sequences.append(torch.randn(context, num_kv_heads, head_dim).to(dtype))
             for token in range(context):
                 block = tables[row, token // BLOCK_SIZE]
-                cache[block, token % BLOCK_SIZE] = sequences[-1][token]
-    return caches[0], caches[1], tables, *dense
+                half[block, token % BLOCK_SIZE] = sequences[-1][token]
+    return cache, tables, *dense
 
 
 def dense_attention(
@@ -132,11 +128,11 @@ def test_decode_attention(
     dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
     contexts = [1, 4, 5, 19]
-    keys, values, tables, dense_keys, dense_values = paged(contexts, num_kv_heads, head_dim, dtype)
+    cache, tables, dense_keys, dense_values = paged(contexts, num_kv_heads, head_dim, dtype)
     query = torch.randn(len(contexts), num_q_heads, head_dim).to(dtype)
     slots = torch.arange(tables.shape[1] * BLOCK_SIZE)
     mask = torch.where(slots < torch.tensor(contexts)[:, None], 0.0, -torch.inf).to(dtype)
-    got = reference_decode_attention(query, keys, values, tables, mask[:, None, None], 0.3)
+    got = reference_decode_attention(query, cache, tables, mask[:, None, None], 0.3)
     for row in range(len(contexts)):
         expected = dense_attention(query[row : row + 1], dense_keys[row], dense_values[row], 0.3)
         assert_close(got[row : row + 1], expected)
@@ -148,8 +144,8 @@ def test_prefill_attention(
     dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
     lengths, contexts = [1, 5, 3, 8], [1, 5, 17, 9]
-    keys, values, tables, dense_keys, dense_values = paged(contexts, num_kv_heads, head_dim, dtype)
+    cache, tables, dense_keys, dense_values = paged(contexts, num_kv_heads, head_dim, dtype)
     query = torch.randn(sum(lengths), num_q_heads, head_dim).to(dtype)
-    got = reference_prefill_attention(query, keys, values, tables, lengths, contexts, 0.3)
+    got = reference_prefill_attention(query, cache, tables, lengths, contexts, 0.3)
     for row, (rows, part) in enumerate(zip(query.split(lengths), got.split(lengths), strict=True)):
         assert_close(part, dense_attention(rows, dense_keys[row], dense_values[row], 0.3))

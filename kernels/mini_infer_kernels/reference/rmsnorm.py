@@ -6,6 +6,9 @@ taken in float32 and the product with the weight in the input's data type.
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 
 
@@ -20,24 +23,14 @@ def reference_rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torc
     Returns:
         [..., hidden_size], of x's type.
     """
-    wide = x.float()
-    inverse = (wide * wide).mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * inverse).to(x.dtype).mul_(weight)
+    # As few operations as there are: on a CPU each costs a small model more than its arithmetic.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    rms = norm.mul_(math.sqrt(1 / x.shape[-1])).hypot_(_scalar(math.sqrt(eps)))
+    normed: torch.Tensor = (x / rms).to(x.dtype)
+    return normed.mul_(weight)
 
 
-def reference_add_rmsnorm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds to the residual stream, then normalizes the sum.
-
-    Args:
-        x: [..., hidden_size], what a layer gave.
-        residual: [..., hidden_size], of x's type.
-        weight: [hidden_size], of x's type.
-        eps: Added to the mean square.
-
-    Returns:
-        The normalized sum and the sum, both [..., hidden_size] of x's type.
-    """
-    total = x + residual
-    return reference_rmsnorm(total, weight, eps), total
+@cache
+def _scalar(value: float) -> torch.Tensor:
+    """A number as a tensor, which operations take beside tensors of any device."""
+    return torch.tensor(value, device="cpu")

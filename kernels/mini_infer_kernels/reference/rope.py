@@ -32,15 +32,14 @@ def rope_table(
     return torch.cat((cos, cos), -1).to(device), torch.cat((-sin, sin), -1).to(device)
 
 
-def reference_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns every head of every token.
+def reference_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Turns every head of every token, in place.
 
     Args:
-        x: [num_tokens, num_heads, head_dim], any float type.
+        x: [num_tokens, num_heads, head_dim], any float type, perhaps some heads of a larger
+            tensor.
         cos: [num_tokens, 1, head_dim], rows of `rope_table` at the tokens' positions, of x's type.
         sin: Likewise.
-
-    Returns:
-        [num_tokens, num_heads, head_dim], of x's type.
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    swapped = x.roll(int(x.shape[-1]) // 2, -1)
+    x.mul_(cos).addcmul_(swapped, sin)

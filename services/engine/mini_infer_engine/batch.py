@@ -17,6 +17,8 @@ from mini_infer_engine.sequence import Sequence, StreamKey
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+_NO_INTS: Ints = np.array([], np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingColumns:
@@ -145,7 +147,7 @@ def build_batch(step: int, rows: Seq[ScheduledRow], zero_blocks: Seq[int]) -> Sc
         block_tables=block_tables,
         num_decodes=sum(row.num_tokens == 1 for row in rows),
         sampling=_sampling_columns(rows),
-        zero_blocks=np.array(zero_blocks, np.int64),
+        zero_blocks=np.array(zero_blocks, np.int64) if zero_blocks else _NO_INTS,
     )
 
 

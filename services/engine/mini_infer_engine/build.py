@@ -16,7 +16,7 @@ from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import CPU_CACHE_BYTES, KVCache, KVCacheSpec, blocks_that_fit
 from mini_infer_engine.loader import Progress, check_weights, load_weights
 from mini_infer_engine.model_config import read_model_config
-from mini_infer_engine.model_runner import ModelRunner
+from mini_infer_engine.model_runner import EagerForward, ModelRunner
 from mini_infer_engine.models.llama import LlamaForCausalLM
 from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
 from mini_infer_engine.served_model import ServedModel, read_served_model
@@ -73,20 +73,16 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
     served = read_served_model(config, dtype_name)
     dtype: torch.dtype = getattr(torch, dtype_name)
     check_weights(
-        LlamaForCausalLM(served.config, REFERENCE, dtype, torch.device("meta")),
+        LlamaForCausalLM(served.config, REFERENCE, dtype, torch.device("meta"), num_positions=1),
         config.model_folder,
     )
-    model = LlamaForCausalLM(served.config, REFERENCE, dtype, device)
+    model = LlamaForCausalLM(
+        served.config, REFERENCE, dtype, device, num_positions=served.max_model_len
+    )
     report = load_weights(model, config.model_folder, on_progress)
     if config.num_threads or report.num_bytes < SMALL_MODEL_BYTES:
         torch.set_num_threads(config.num_threads or 1)
-    buffers = InputBuffers(
-        served.config,
-        max_model_len=served.max_model_len,
-        block_size=config.block_size,
-        dtype=dtype,
-        device=device,
-    )
+    buffers = InputBuffers(block_size=config.block_size, dtype=dtype, device=device)
     spec = KVCacheSpec(
         num_layers=served.config.num_layers,
         num_kv_heads=served.config.num_kv_heads,
@@ -98,7 +94,8 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
     num_blocks = _choose_num_blocks(config, served, spec, model, buffers)
     served = _within_cache(config, served, num_blocks)
     pool = BlockPool(num_blocks, config.block_size)
-    runner = ModelRunner(model, KVCache(spec, num_blocks), buffers)
+    cache = KVCache(spec, num_blocks)
+    runner = ModelRunner(EagerForward(model), cache, buffers)
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -196,7 +193,7 @@ def _free_cuda_bytes(
         config.max_num_seqs, config.max_num_batched_tokens, served.max_model_len - 1
     )
     cache = KVCache(spec, num_trial_blocks(prompt_lens, spec.block_size))
-    runner = ModelRunner(model, cache, buffers)
+    runner = ModelRunner(EagerForward(model), cache, buffers)
     torch.cuda.synchronize(spec.device)
     before = torch.cuda.memory_allocated(spec.device)
     torch.cuda.reset_peak_memory_stats(spec.device)

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mini_infer_kernels.reference.rope import rope_table
 
 from mini_infer_engine.batch import Ints, ScheduledBatch
+from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.layers.attention import AttentionInputs
-from mini_infer_engine.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,37 +18,70 @@ class ModelInputs:
 
     Attributes:
         token_ids: [T] int64.
+        cache: Keys and values of all layers; slots and block tables count from its beginning.
         attention: What the layers need.
-        sampled_tokens: [R] int64, index among the T tokens of each row that gets a next token.
+        sampled_tokens: [R] int64, index among the T tokens of each row that gets a next token;
+            None where all T do.
     """
 
     token_ids: torch.Tensor
+    cache: torch.Tensor
     attention: AttentionInputs
-    sampled_tokens: torch.Tensor
+    sampled_tokens: torch.Tensor | None
 
 
 class InputBuffers:
-    """Builds the inputs of each step; holds what all steps share, the table of rotations."""
+    """Builds the inputs of each step."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        max_model_len: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """Computes the rotations of all positions."""
+    def __init__(self, *, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Takes the block size of the cache, the model's data type and its device."""
         self._block_size = block_size
         self._device = device
         self._dtype = dtype
-        cos, sin = rope_table(config.head_dim, max_model_len, config.rope_theta, device)
-        self._cos = cos.to(dtype).unsqueeze(1)
-        self._sin = sin.to(dtype).unsqueeze(1)
 
-    def build(self, batch: ScheduledBatch) -> ModelInputs:
+    def build(self, batch: ScheduledBatch, cache: KVCache) -> ModelInputs:
         """The inputs of a batch that is not empty."""
+        return self.build_window(batch, cache) or self._build_paged(batch, cache)
+
+    def build_window(
+        self, batch: ScheduledBatch, cache: KVCache, num_rounds: int = 1
+    ) -> ModelInputs | None:
+        """The inputs of one row of one token whose blocks are neighbours: nothing is gathered.
+
+        Args:
+            batch: Not empty.
+            cache: The paged cache.
+            num_rounds: Tokens, the row's next one included, that the window has slots for.
+
+        Returns:
+            None where the batch is not such a row or its last block has no such room.
+        """
+        if batch.num_decodes != 1 or len(batch.keys) != 1:
+            return None
+        end = int(batch.num_computed_tokens[0]) + num_rounds
+        blocks = batch.block_tables[0].tolist()
+        fits = end <= len(blocks) * self._block_size
+        if not fits or blocks != list(range(blocks[0], blocks[0] + len(blocks))):
+            return None
+        position = self._to_device(batch.num_computed_tokens)
+        attention = AttentionInputs(
+            positions=position,
+            slot_mapping=position,
+            num_decodes=1,
+            decode_block_tables=None,
+            decode_mask=None,
+            prefill_block_tables=None,
+            prefill_lens=[],
+            prefill_context_lens=[],
+        )
+        return ModelInputs(
+            token_ids=self._to_device(batch.token_ids),
+            cache=cache.window(blocks[0], end),
+            attention=attention,
+            sampled_tokens=None,
+        )
+
+    def _build_paged(self, batch: ScheduledBatch, cache: KVCache) -> ModelInputs:
         starts, lengths = batch.num_computed_tokens, batch.num_scheduled_tokens
         ends = np.cumsum(lengths)
         # [T] each token's row and position
@@ -59,13 +91,11 @@ class InputBuffers:
             positions = np.arange(len(rows)) - np.repeat(ends - lengths, lengths) + starts[rows]
         blocks = batch.block_tables[rows, positions // self._block_size]
         slots = blocks * self._block_size + positions % self._block_size
-        device_positions = self._to_device(positions)
         contexts = starts + lengths
         split = batch.num_decodes
         num_decode_blocks = -(-int(contexts[:split].max(initial=0)) // self._block_size)
         attention = AttentionInputs(
-            cos=self._cos.index_select(0, device_positions),
-            sin=self._sin.index_select(0, device_positions),
+            positions=self._to_device(positions),
             slot_mapping=self._to_device(slots),
             num_decodes=split,
             decode_block_tables=self._to_device(batch.block_tables[:split, :num_decode_blocks]),
@@ -76,9 +106,14 @@ class InputBuffers:
         )
         return ModelInputs(
             token_ids=self._to_device(batch.token_ids),
+            cache=cache.layers,
             attention=attention,
-            sampled_tokens=self._to_device(ends[batch.sampling.rows] - 1),
+            sampled_tokens=self._sampled_tokens(batch, ends),
         )
+
+    def _sampled_tokens(self, batch: ScheduledBatch, ends: Ints) -> torch.Tensor | None:
+        rows = batch.sampling.rows
+        return None if len(rows) == batch.num_tokens else self._to_device(ends[rows] - 1)
 
     def _decode_mask(self, contexts: Ints, num_blocks: int) -> torch.Tensor:
         """0 where a slot of a decoding row holds one of its tokens, -inf elsewhere."""

@@ -42,26 +42,34 @@ class KVCacheSpec:
 
 
 class KVCache:
-    """Keys and values of all layers: `layers[i]` is (keys, values).
+    """Keys and values of all layers.
 
-    Each is [num_blocks, block_size, num_kv_heads, head_dim]. Slots that no sequence has written
-    are finite, because masked slots are still multiplied by zero.
+    Slots that no sequence has written are finite, because masked slots are still multiplied by
+    zero.
+
+    Attributes:
+        spec: Shape of the cache.
+        num_blocks: Blocks of each layer.
+        layers: [num_layers, num_blocks, block_size, 2 * num_kv_heads, head_dim]; the keys' heads
+            stand before the values'.
     """
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int) -> None:
         """Allocates the cache, cleared."""
-        shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        shape = (num_blocks, spec.block_size, 2 * spec.num_kv_heads, spec.head_dim)
         self.spec = spec
         self.num_blocks = num_blocks
-        self._storage = torch.zeros(
-            (spec.num_layers, 2, *shape), dtype=spec.dtype, device=spec.device
-        )
-        self.layers = [(layer[0], layer[1]) for layer in self._storage]
+        self.layers = torch.zeros((spec.num_layers, *shape), dtype=spec.dtype, device=spec.device)
+        self._slots = self.layers.flatten(1, 2).unsqueeze(1)
+
+    def window(self, first_block: int, num_tokens: int) -> torch.Tensor:
+        """The first tokens of consecutive blocks, as `layers` with one block of that size."""
+        return self._slots.narrow(2, first_block * self.spec.block_size, num_tokens)
 
     def fill(self, blocks: Sequence[int], value: float) -> None:
         """Overwrites blocks, to clear what is not finite or to poison what nobody may read."""
         index = torch.as_tensor(blocks, dtype=torch.int64, device=self.spec.device)
-        self._storage.index_fill_(2, index, value)
+        self.layers.index_fill_(1, index, value)
 
 
 def blocks_that_fit(

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from mini_infer_engine.batch import NO_TOKENS, ScheduledBatch, StepTokens
-from mini_infer_engine.input_buffers import InputBuffers
+from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
 from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.models.llama import LlamaForCausalLM
 from mini_infer_engine.sampling import sample
 
 
+class Forward(Protocol):
+    """The model as the runner calls it."""
+
+    def __call__(self, inputs: ModelInputs) -> torch.Tensor:
+        """Computes the batch; gives [R, vocab_size] float32 logits of the sampled tokens."""
+        ...
+
+
+class EagerForward:
+    """Runs the model operation by operation."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        """Takes a loaded model."""
+        self.model = model
+
+    def __call__(self, inputs: ModelInputs) -> torch.Tensor:
+        """Computes any batch."""
+        hidden = self.model(inputs.token_ids, inputs.cache, inputs.attention)
+        if inputs.sampled_tokens is not None:
+            hidden = hidden.index_select(0, inputs.sampled_tokens)
+        return self.model.logits(hidden)
+
+
 class ModelRunner:
     """Owns the model and the tensors of its KV cache; knows no requests and no queues."""
 
-    def __init__(self, model: LlamaForCausalLM, cache: KVCache, buffers: InputBuffers) -> None:
-        """Takes over a loaded model and an allocated cache."""
-        self._model = model
+    def __init__(self, forward: Forward, cache: KVCache, buffers: InputBuffers) -> None:
+        """Takes over an allocated cache and the model over it, eager or captured."""
+        self._forward = forward
         self._buffers = buffers
         self.cache = cache
 
@@ -31,10 +56,8 @@ class ModelRunner:
             return NO_TOKENS
         if len(batch.zero_blocks):
             self.cache.fill(batch.zero_blocks.tolist(), 0.0)
-        inputs = self._buffers.build(batch)
-        hidden = self._model(inputs.token_ids, self.cache, inputs.attention)
+        logits = self._forward(self._buffers.build(batch, self.cache))
         if not len(batch.sampling.rows):
             return NO_TOKENS
-        logits = self._model.logits(hidden.index_select(0, inputs.sampled_tokens))
         token_ids, finite = sample(logits, batch.sampling)
-        return StepTokens(token_ids.unsqueeze(-1).tolist(), finite.tolist())
+        return StepTokens([[token_id] for token_id in token_ids], finite)

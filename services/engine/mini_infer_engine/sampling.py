@@ -12,6 +12,8 @@ when it is resumed.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 
@@ -32,7 +34,7 @@ def uniform(seed: int, position: int) -> float:
     return float(bits.random_raw() >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[list[int], list[bool]]:
     """Chooses a token per row.
 
     Args:
@@ -40,20 +42,32 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor
         columns: How, for the R rows.
 
     Returns:
-        [R] int64 token ids, and [R] bool whether they mean anything: not where a row has NaN or
-        infinity, or nothing that may be chosen.
+        [R] token ids, and [R] whether they mean anything: not where a row has NaN or infinity, or
+        nothing that may be chosen.
     """
     if len(columns.banned_rows):
         rows = torch.from_numpy(columns.banned_rows).to(logits.device)
         ids = torch.from_numpy(columns.banned_ids).to(logits.device)
         logits[rows, ids] = -torch.inf
-    greatest, chosen = logits.max(-1)  # NaN is greater than all
-    finite = greatest.isfinite()
-    if columns.temperatures.any():
+    chosen, finite = _likeliest(logits)
+    if any(columns.temperatures.tolist()):
         drawn = np.flatnonzero(columns.temperatures)
         rows = torch.from_numpy(drawn).to(logits.device)
-        chosen[rows] = _draw(logits[rows], columns, drawn)
+        for row, token_id in zip(
+            drawn.tolist(), _draw(logits[rows], columns, drawn).tolist(), strict=True
+        ):
+            chosen[row] = token_id
     return chosen, finite
+
+
+def _likeliest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+    """The likeliest token of each row, and whether its logit is finite; NaN is above all."""
+    if logits.device.type != "cpu":
+        greatest, chosen = logits.max(-1)
+        return chosen.tolist(), greatest.isfinite().tolist()
+    scores = logits.numpy()  # which searches several times as fast
+    ids = scores.argmax(-1).tolist()
+    return ids, [math.isfinite(scores[row, token_id]) for row, token_id in enumerate(ids)]
 
 
 def _draw(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch.nn import functional
 
 
 class FusedLinear:
@@ -14,7 +13,7 @@ class FusedLinear:
     One product instead of several reads x once and fills the device better.
     """
 
-    __slots__ = ("_bias", "_parts", "_weight")
+    __slots__ = ("_bias", "_parts", "_transposed", "_weight")
 
     def __init__(
         self,
@@ -41,11 +40,19 @@ class FusedLinear:
             self._weight = torch.empty(in_features, rows, dtype=dtype, device=device).t()
         else:
             self._weight = torch.empty(rows, in_features, dtype=dtype, device=device)
+        self._transposed = self._weight.t()
         self._bias = torch.empty(rows, dtype=dtype, device=device) if bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiplies: [..., in_features] to [..., rows]."""
-        return functional.linear(x, self._weight, self._bias)
+        """Multiplies: [T, in_features] to [T, rows]."""
+        if self._bias is None:
+            return x.mm(self._transposed)
+        return torch.addmm(self._bias, x, self._transposed)
+
+    def add_to_(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Adds the product, [T, in_features] to [T, rows], to a residual stream in place."""
+        residual.addmm_(x, self._transposed)
+        return residual if self._bias is None else residual.add_(self._bias)
 
     def destinations(self, prefix: str) -> dict[str, torch.Tensor]:
         """Where each checkpoint tensor goes, as views of weight and bias."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 from mini_infer_kernels.kernel_set import KernelSet
+from mini_infer_kernels.reference.rope import rope_table
 from torch.nn import functional
 
-from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.layers.attention import AttentionInputs, paged_attention
 from mini_infer_engine.layers.linear import FusedLinear
 from mini_infer_engine.model_config import ModelConfig
@@ -41,37 +41,34 @@ class LlamaLayer:
 
     def __call__(
         self,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        cache: tuple[torch.Tensor, torch.Tensor],
+        residual: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: torch.Tensor,
         inputs: AttentionInputs,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor:
         """Applies the layer to the tokens of a batch.
 
         Args:
-            hidden: [T, hidden_size], what the layer before gave.
-            residual: [T, hidden_size], the stream before that, or None at the first layer.
+            residual: [T, hidden_size], the residual stream; changed in place.
+            cos: [T, 1, head_dim], of the rotations of the tokens' positions.
+            sin: Likewise.
             cache: Keys and values of this layer.
             inputs: The batch.
 
         Returns:
-            What this layer gives and the residual stream; their sum is the layer's output.
+            The residual stream behind the layer.
         """
         kernels, eps = self._kernels, self._config.rms_norm_eps
-        if residual is None:
-            normed, residual = kernels.rmsnorm(hidden, self.input_norm, eps), hidden
-        else:
-            normed, residual = kernels.add_rmsnorm(hidden, residual, self.input_norm, eps)
-        heads = self.qkv(normed).view(len(normed), -1, self._config.head_dim)
         num_q_heads, num_kv_heads = self._config.num_q_heads, self._config.num_kv_heads
-        query_key, value = heads.split_with_sizes((num_q_heads + num_kv_heads, num_kv_heads), 1)
-        query_key = kernels.rope(query_key, inputs.cos, inputs.sin)
-        query, key = query_key.split_with_sizes((num_q_heads, num_kv_heads), 1)
-        attended = paged_attention(query, key, value, cache, inputs, kernels)
-        normed, residual = kernels.add_rmsnorm(
-            self.o(attended.flatten(1)), residual, self.post_attention_norm, eps
-        )
-        return self.down(kernels.silu_and_mul(self.gate_up(normed))), residual
+        qkv = self.qkv(kernels.rmsnorm(residual, self.input_norm, eps))
+        heads = qkv.view(-1, num_q_heads + 2 * num_kv_heads, self._config.head_dim)
+        kernels.rope(heads[:, : num_q_heads + num_kv_heads], cos, sin)
+        query, key_value = heads.split_with_sizes((num_q_heads, 2 * num_kv_heads), 1)
+        attended = paged_attention(query, key_value, cache, inputs, kernels)
+        residual = self.o.add_to_(residual, attended.flatten(1))
+        gate_up = self.gate_up(kernels.rmsnorm(residual, self.post_attention_norm, eps))
+        return self.down.add_to_(residual, kernels.silu_and_mul(gate_up))
 
     def destinations(self, prefix: str) -> dict[str, torch.Tensor]:
         """Where each checkpoint tensor of this layer goes."""
@@ -93,7 +90,13 @@ class LlamaForCausalLM:
     """
 
     def __init__(
-        self, config: ModelConfig, kernels: KernelSet, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        kernels: KernelSet,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        num_positions: int,
     ) -> None:
         """Allocates the weights, uninitialised; a loader fills `destinations()`."""
         self._config = config
@@ -103,27 +106,28 @@ class LlamaForCausalLM:
         tied = config.tie_word_embeddings
         self.lm_head = self.embedding if tied else torch.empty_like(self.embedding)
         self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
+        turns = rope_table(config.head_dim, num_positions, config.rope_theta, device)
+        self._rotations = torch.stack(turns, 1).to(dtype).unsqueeze(2)
         self.layers = [LlamaLayer(config, kernels, dtype, device) for _ in range(config.num_layers)]
 
     def __call__(
-        self, token_ids: torch.Tensor, cache: KVCache, inputs: AttentionInputs
+        self, token_ids: torch.Tensor, cache: torch.Tensor, inputs: AttentionInputs
     ) -> torch.Tensor:
         """Runs the layers over the tokens of a batch; their keys and values enter the cache.
 
         Args:
             token_ids: [T] int64.
-            cache: The paged cache.
+            cache: [num_layers, num_blocks, block_size, 2 * num_kv_heads, head_dim].
             inputs: The batch.
 
         Returns:
             [T, hidden_size], normalized: what `logits` takes.
         """
-        hidden = functional.embedding(token_ids, self.embedding)
-        residual: torch.Tensor | None = None
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            hidden, residual = layer(hidden, residual, layer_cache, inputs)
-        assert residual is not None
-        return self._kernels.add_rmsnorm(hidden, residual, self.norm, self._config.rms_norm_eps)[0]
+        cos, sin = self._rotations.index_select(0, inputs.positions).unbind(1)
+        residual = functional.embedding(token_ids, self.embedding)
+        for layer, layer_cache in zip(self.layers, cache.unbind(), strict=True):
+            residual = layer(residual, cos, sin, layer_cache, inputs)
+        return self._kernels.rmsnorm(residual, self.norm, self._config.rms_norm_eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores of the next token: [R, hidden_size] to [R, vocab_size] float32."""
