@@ -12,11 +12,12 @@ from mini_infer.errors import ConfigError
 from mini_infer_kernels.kernel_set import REFERENCE
 
 from mini_infer_engine.block_pool import BlockPool
+from mini_infer_engine.captured_decode import captured_decode
 from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import CPU_CACHE_BYTES, KVCache, KVCacheSpec, blocks_that_fit
 from mini_infer_engine.loader import Progress, check_weights, load_weights
 from mini_infer_engine.model_config import read_model_config
-from mini_infer_engine.model_runner import EagerForward, ModelRunner
+from mini_infer_engine.model_runner import EagerForward, Forward, ModelRunner
 from mini_infer_engine.models.llama import LlamaForCausalLM
 from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
 from mini_infer_engine.served_model import ServedModel, read_served_model
@@ -95,7 +96,10 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
     served = _within_cache(config, served, num_blocks)
     pool = BlockPool(num_blocks, config.block_size)
     cache = KVCache(spec, num_blocks)
-    runner = ModelRunner(EagerForward(model), cache, buffers)
+    forward: Forward = EagerForward(model)
+    if device.type == "cpu":
+        forward = captured_decode(forward, cache, buffers)
+    runner = ModelRunner(forward, cache, buffers)
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
