@@ -14,6 +14,9 @@ PIP_ARGS ?=
 ARGS ?=
 
 BIN := .venv/bin
+# Tests run engines beside busy processes: threads that wait for each other would collapse there.
+test test-full: export OMP_NUM_THREADS := 1
+
 RUN := .venv/run.stamp
 DEV := .venv/dev.stamp
 PINS := pyproject.toml constraints.txt

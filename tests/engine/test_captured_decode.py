@@ -1,15 +1,25 @@
-"""Recorded steps against the model run operation by operation."""
+"""Recorded and merged steps against the model run operation by operation."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from mini_infer.config import EngineConfig
 from mini_infer.sampling_params import ResolvedSampling
-from mini_infer_engine.build import Engine
-from mini_infer_engine.captured_decode import CapturedDecode
+from mini_infer_engine.batch import StepTokens
+from mini_infer_engine.build import Engine, build_engine
+from mini_infer_engine.captured_decode import CAN_RECORD, CapturedDecode
 from mini_infer_engine.input_buffers import ModelInputs
-from mini_infer_engine.model_runner import ModelRunner
+from mini_infer_engine.merged_decode import MERGED_ROUNDS
+from mini_infer_engine.model_runner import EagerForward, ModelRunner
 from mini_infer_engine.sequence import StreamKey
+
+pytestmark = pytest.mark.skipif(not CAN_RECORD, reason="torch.jit ends with Python 3.13")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return build_engine(EngineConfig(kv_cache_tokens=4096), merge_decode_steps=True)
 
 
 def generate(
@@ -51,3 +61,75 @@ def test_recorded_logits_equal_the_models_own(engine: Engine, num_rows: int) -> 
     generate(engine, ModelRunner(both, engine.runner.cache, engine.runner._buffers), num_rows)
     assert all(compared)
     assert len(compared) >= 45
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 45])
+def test_merged_steps_make_the_same_tokens(engine: Engine, max_tokens: int) -> None:
+    cache, buffers = engine.runner.cache, engine.runner._buffers
+    eager = ModelRunner(captured(engine)._forward, cache, buffers)
+    expected, num_steps = generate(engine, eager, 1, max_tokens=max_tokens)
+    got, num_merged_steps = generate(engine, engine.runner, 1, max_tokens=max_tokens)
+    assert got == expected
+    assert len(got[0]) == max_tokens
+    if max_tokens == 45:
+        assert num_merged_steps < 2 * num_steps / MERGED_ROUNDS
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.8), dict(min_tokens=50, ignore_eos=False)])
+def test_rows_that_draw_or_ban_are_not_merged(engine: Engine, options: dict[str, float]) -> None:
+    _, num_steps = generate(engine, engine.runner, 1, **options)
+    assert num_steps == 45
+
+
+def test_a_row_that_is_not_finite_in_a_merged_step_fails(engine: Engine) -> None:
+    scheduler, runner = engine.scheduler, engine.runner
+    sampling = ResolvedSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=40)
+    scheduler.add(engine.served.sequence(StreamKey(b"", 0), [9] * 16, sampling))
+    batch = scheduler.schedule(0.0)
+    scheduler.finish_step(batch, runner.run(batch), 0.0)
+    runner.cache.fill(batch.block_tables[0].tolist(), float("nan"))
+    batch = scheduler.schedule(0.0)
+    tokens: StepTokens = runner.run(batch)
+    assert len(tokens.token_ids[0]) == MERGED_ROUNDS
+    assert tokens.finite == [False]
+    (update,) = scheduler.finish_step(batch, tokens, 0.0)
+    assert update.error is not None
+    generate(engine, runner, 1)
+
+
+def test_merged_steps_reach_the_end_of_the_context() -> None:
+    """Rounds behind the end have positions as well, where it is not the end of a block."""
+    short = build_engine(
+        EngineConfig(max_model_len=66, kv_cache_tokens=256), merge_decode_steps=True
+    )
+    (output,), _ = generate(short, short.runner, 1)
+    assert len(output) == 45
+
+
+def test_a_chunk_of_one_prompt_token_makes_no_token() -> None:
+    """A step whose row is not complete is not taken for decoding."""
+    config = EngineConfig(max_num_seqs=1, max_num_batched_tokens=1, kv_cache_tokens=256)
+    slow = build_engine(config)
+    outputs, num_steps = generate(slow, slow.runner, 1, max_tokens=9)
+    expected, _ = generate(
+        slow, ModelRunner(captured(slow), slow.runner.cache, slow.runner._buffers), 1, max_tokens=9
+    )
+    assert outputs == expected
+    assert num_steps <= 21 + 9
+
+
+def test_steps_are_merged_only_where_it_was_asked_for() -> None:
+    plain = build_engine(EngineConfig(kv_cache_tokens=256))
+    _, num_steps = generate(plain, plain.runner, 1)
+    assert num_steps == 45
+
+
+def test_where_recording_fails_steps_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("no recordings here")
+
+    monkeypatch.setattr(torch.jit, "trace", fail)
+    eager = build_engine(EngineConfig(kv_cache_tokens=256), merge_decode_steps=True)
+    assert isinstance(eager.runner._forward, EagerForward)
+    outputs, num_steps = generate(eager, eager.runner, 1)
+    assert len(outputs[0]) == num_steps == 45

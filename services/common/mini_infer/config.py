@@ -47,9 +47,10 @@ class EngineConfig:
         max_queued_requests: Requests that wait at most; one more is refused with QUEUE_FULL.
         device: "auto" takes CUDA where there is one.
         dtype: Of weights and KV cache; "auto" means the checkpoint's on CUDA, float32 on a CPU.
-        num_threads: Threads of matrix products on a CPU, for the whole process. 0 takes one for
-            small models, which lose more by waiting for each other than they win, and leaves
-            the choice to torch for others.
+        num_threads: Threads of matrix products on a CPU, for the whole process. 0 leaves them
+            to torch; but the engine process takes one for a small model, because gateway and
+            tokenizer share the cores, and threads that wait for each other lose more than they
+            win.
     """
 
     model: str = ""

@@ -12,10 +12,11 @@ from mini_infer.errors import ConfigError
 from mini_infer_kernels.kernel_set import REFERENCE
 
 from mini_infer_engine.block_pool import BlockPool
-from mini_infer_engine.captured_decode import captured_decode
+from mini_infer_engine.captured_decode import CAN_RECORD, captured_decode
 from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import CPU_CACHE_BYTES, KVCache, KVCacheSpec, blocks_that_fit
 from mini_infer_engine.loader import Progress, check_weights, load_weights
+from mini_infer_engine.merged_decode import MERGED_ROUNDS, MergedDecode
 from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.model_runner import EagerForward, Forward, ModelRunner
 from mini_infer_engine.models.llama import LlamaForCausalLM
@@ -59,12 +60,22 @@ class Engine:
         return replace(self, pool=pool, scheduler=Scheduler(pool, self.scheduler.limits))
 
 
-def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> Engine:
+def build_engine(
+    config: EngineConfig,
+    on_progress: Progress | None = None,
+    *,
+    merge_decode_steps: bool = False,
+    small_model_threads: int = 0,
+) -> Engine:
     """Loads the model and sizes everything for it.
 
     Args:
         config: What to build.
         on_progress: Called with bytes loaded and bytes in all.
+        merge_decode_steps: Whether a lone greedy row of a small model on a CPU makes several
+            tokens a step: for who does not wait for single tokens.
+        small_model_threads: Threads of a small model's products where the configuration names
+            none; 0 leaves them to torch.
 
     Raises:
         ConfigError: Where the model folder or the device cannot do what was asked.
@@ -77,12 +88,13 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
         LlamaForCausalLM(served.config, REFERENCE, dtype, torch.device("meta"), num_positions=1),
         config.model_folder,
     )
-    model = LlamaForCausalLM(
-        served.config, REFERENCE, dtype, device, num_positions=served.max_model_len
-    )
+    # Of whole blocks: merged steps go beyond a row's end, though not beyond its last block.
+    num_positions = -(-served.max_model_len // config.block_size) * config.block_size
+    model = LlamaForCausalLM(served.config, REFERENCE, dtype, device, num_positions=num_positions)
     report = load_weights(model, config.model_folder, on_progress)
-    if config.num_threads or report.num_bytes < SMALL_MODEL_BYTES:
-        torch.set_num_threads(config.num_threads or 1)
+    is_small = report.num_bytes < SMALL_MODEL_BYTES
+    if num_threads := config.num_threads or (is_small and small_model_threads):
+        torch.set_num_threads(num_threads)
     buffers = InputBuffers(block_size=config.block_size, dtype=dtype, device=device)
     spec = KVCacheSpec(
         num_layers=served.config.num_layers,
@@ -96,10 +108,8 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
     served = _within_cache(config, served, num_blocks)
     pool = BlockPool(num_blocks, config.block_size)
     cache = KVCache(spec, num_blocks)
-    forward: Forward = EagerForward(model)
-    if device.type == "cpu":
-        forward = captured_decode(forward, cache, buffers)
-    runner = ModelRunner(forward, cache, buffers)
+    num_rounds = min(MERGED_ROUNDS, config.block_size) if merge_decode_steps and is_small else 1
+    runner = _make_runner(EagerForward(model), cache, buffers, num_rounds)
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -107,6 +117,24 @@ def build_engine(config: EngineConfig, on_progress: Progress | None = None) -> E
     )
     token_s = seconds_per_token(runner, served.max_model_len - 1)
     return Engine(served, pool, Scheduler(pool, limits), runner, token_s)
+
+
+def _make_runner(
+    forward: Forward, cache: KVCache, buffers: InputBuffers, num_rounds: int
+) -> ModelRunner:
+    """Records steps where that is faster and can be done."""
+    if cache.spec.device.type != "cpu" or not CAN_RECORD:
+        return ModelRunner(forward, cache, buffers)
+    try:
+        captured = captured_decode(forward, cache, buffers)
+        merged = None
+        if num_rounds > 1:
+            merged = MergedDecode(forward, cache, buffers, num_rounds)
+    except Exception as error:
+        log.warning("decoding steps are not recorded, so they are slower", error=repr(error))
+        cache.fill([0], 0.0)
+        return ModelRunner(forward, cache, buffers)
+    return ModelRunner(captured, cache, buffers, merged)
 
 
 def _choose_device(name: str) -> torch.device:

@@ -4,10 +4,14 @@ A small model's step is hundreds of operations of a few microseconds each, and g
 between them takes as long again. `torch.jit.trace` records the operations of one step; the
 recording runs them without Python, for any number of rows and any context. Steps with prompts in
 them run eagerly: their products outweigh it.
+
+Only on a CPU, and only before Python 3.14, where torch no longer supports `torch.jit`. Elsewhere,
+and where recording fails, every step runs eagerly: slower, with the same tokens.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +27,9 @@ from mini_infer_engine.model_runner import Forward
 from mini_infer_engine.sequence import Sequence, StreamKey
 
 Recording = Callable[..., torch.Tensor]
+
+CAN_RECORD = sys.version_info < (3, 14)
+"""Whether torch supports `torch.jit` here."""
 
 
 class CapturedDecode:

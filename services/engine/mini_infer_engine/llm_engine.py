@@ -119,7 +119,9 @@ class LLMEngine:
         self._chat_template = load_chat_template(
             self.config.model_folder, self._tokenizer.special_tokens
         )
-        self._loaded: Engine | None = build_engine(self.config, on_progress)
+        self._loaded: Engine | None = build_engine(
+            self.config, on_progress, merge_decode_steps=True
+        )
         self._next_stream = 0
 
     @property

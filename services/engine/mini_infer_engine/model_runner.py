@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -11,6 +11,9 @@ from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
 from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.models.llama import LlamaForCausalLM
 from mini_infer_engine.sampling import sample
+
+if TYPE_CHECKING:
+    from mini_infer_engine.merged_decode import MergedDecode
 
 
 class Forward(Protocol):
@@ -39,8 +42,22 @@ class EagerForward:
 class ModelRunner:
     """Owns the model and the tensors of its KV cache; knows no requests and no queues."""
 
-    def __init__(self, forward: Forward, cache: KVCache, buffers: InputBuffers) -> None:
-        """Takes over an allocated cache and the model over it, eager or captured."""
+    def __init__(
+        self,
+        forward: Forward,
+        cache: KVCache,
+        buffers: InputBuffers,
+        merged: MergedDecode | None = None,
+    ) -> None:
+        """Takes over an allocated cache and the model over it, eager or captured.
+
+        Args:
+            forward: The model.
+            cache: Its cache.
+            buffers: Makes its inputs.
+            merged: Makes several tokens a step where it can.
+        """
+        self._merged = merged
         self._forward = forward
         self._buffers = buffers
         self.cache = cache
@@ -56,6 +73,8 @@ class ModelRunner:
             return NO_TOKENS
         if len(batch.zero_blocks):
             self.cache.fill(batch.zero_blocks.tolist(), 0.0)
+        if self._merged is not None and (tokens := self._merged.run(batch)) is not None:
+            return tokens
         logits = self._forward(self._buffers.build(batch, self.cache))
         if not len(batch.sampling.rows):
             return NO_TOKENS

@@ -34,7 +34,8 @@ def run(config: EngineConfig, address: str, on_ready: Callable[[], None] | None 
     """
     from mini_infer_engine.build import build_engine  # torch, not needed by the scripted engine
 
-    engine = build_engine(config)
+    # The gateway and the tokenizer need the cores as well.
+    engine = build_engine(config, small_model_threads=1)
     serve(
         engine.served,
         engine.pool,
