@@ -45,10 +45,10 @@ class LlamaShape:
 
 SHAPES = {
     "demo": LlamaShape(
-        hidden_size=256, intermediate_size=768, num_layers=5, num_q_heads=8, num_kv_heads=4
+        hidden_size=128, intermediate_size=448, num_layers=12, num_q_heads=4, num_kv_heads=2
     ),
     "demo-draft": LlamaShape(
-        hidden_size=128, intermediate_size=352, num_layers=3, num_q_heads=4, num_kv_heads=2
+        hidden_size=96, intermediate_size=288, num_layers=3, num_q_heads=3, num_kv_heads=1
     ),
 }
 
