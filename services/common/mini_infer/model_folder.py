@@ -90,7 +90,12 @@ def tokenizer_hash(folder: Path) -> str:
     Raises:
         ModelFolderError: As `read_bytes`.
     """
-    return hashlib.sha256(read_tokenizer(folder)).hexdigest()
+    return hash_tokenizer(read_tokenizer(folder))
+
+
+def hash_tokenizer(content: bytes) -> str:
+    """As `tokenizer_hash`, for who has read the file already."""
+    return hashlib.sha256(content).hexdigest()
 
 
 @contextmanager

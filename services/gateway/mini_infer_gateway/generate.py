@@ -102,7 +102,7 @@ class GenerateCall:
         text_options = None
         if params.stop or not request.ids_only:
             text_options = TextOptions(
-                stop=tuple(params.stop),
+                stop=params.stop_strings,
                 skip_special_tokens=params.skip_special_tokens,
                 include_stop_str_in_output=params.include_stop_str_in_output,
                 min_tokens=sampling.min_tokens,

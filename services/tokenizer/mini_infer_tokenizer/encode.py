@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import tokenizers
 from mini_infer.errors import ErrorReason, MiniInferError, ModelFolderError
-from mini_infer.model_folder import read_json_object, read_tokenizer, tokenizer_hash
+from mini_infer.model_folder import hash_tokenizer, read_json_object, read_tokenizer
 
 _MAX_ID = 2**32 - 1
 """Ids of the tokenizers library are unsigned 32-bit numbers."""
@@ -54,7 +54,7 @@ class TextTokenizer:
         # Files saved during training may carry either; neither belongs to serving.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.tokenizer_hash = tokenizer_hash(folder)
+        self.tokenizer_hash = hash_tokenizer(content)
         self.special_tokens = _read_special_tokens(folder)
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self.special_ids = self._find_special_ids()
