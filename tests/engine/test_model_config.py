@@ -1,56 +1,29 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from config_files import (
+    ABSENT,
+    BASE,
+    read_changed,
+    write_config,
+    write_generation_config,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mini_infer.config import bundled_model
 from mini_infer.errors import ModelFolderError
 from mini_infer.model_folder import MAX_JSON_BYTES
+from mini_infer_engine.generation_config import read_generation_defaults
 from mini_infer_engine.model_config import (
     MAX_PARAMETERS,
+    SUPPORTED_ARCHITECTURES,
     ModelConfig,
     model_fingerprint,
-    read_generation_defaults,
     read_model_config,
 )
+from mini_infer_engine.rope_config import RopeConfig
 from safetensors.numpy import save_file
-
-BASE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ABSENT = object()
-
-
-def write_config(folder: Path, **changes: object) -> Path:
-    values = {key: value for key, value in {**BASE, **changes}.items() if value is not ABSENT}
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
-
-
-def read_changed(folder: Path, **changes: object) -> ModelConfig:
-    return read_model_config(write_config(folder, **changes))
-
-
-def write_generation_config(folder: Path, **values: object) -> Path:
-    (folder / "generation_config.json").write_text(json.dumps(values))
-    return folder
 
 
 def test_reads_every_value(tmp_path: Path) -> None:
@@ -59,16 +32,21 @@ def test_reads_every_value(tmp_path: Path) -> None:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_layers=2,
+        activation="silu",
         num_q_heads=4,
         num_kv_heads=2,
         head_dim=8,
         rms_norm_eps=1e-5,
-        rope_theta=10000.0,
         max_position_embeddings=128,
         tie_word_embeddings=True,
-        attention_bias=True,
+        qkv_bias=True,
+        output_bias=True,
         mlp_bias=True,
+        layer_windows=(None, None),
+        layer_ropes=(RopeConfig(theta=10000.0, rotary_dim=8),) * 2,
+        attention_scale=8**-0.5,
+        attention_softcap=None,
+        logit_softcap=None,
         checkpoint_dtype="bfloat16",
         eos_token_ids=(2,),
         bos_token_id=1,
@@ -83,53 +61,6 @@ def test_bundled_models_are_readable() -> None:
         assert 0 < config.num_parameters < 8_000_000
 
 
-@pytest.mark.parametrize("absent", [ABSENT, None], ids=["absent", "null"])
-def test_absent_keys_take_the_defaults_of_transformers(tmp_path: Path, absent: object) -> None:
-    from transformers import LlamaConfig
-
-    optional = [
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "rms_norm_eps",
-        "rope_theta",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "torch_dtype",
-    ]
-    config = read_changed(tmp_path, **dict.fromkeys(optional, absent))
-
-    reference = LlamaConfig(hidden_size=32, num_attention_heads=4)
-    assert reference.rope_parameters is not None
-    assert config.num_kv_heads == reference.num_key_value_heads
-    assert config.head_dim == reference.head_dim
-    assert config.rms_norm_eps == reference.rms_norm_eps
-    assert config.rope_theta == reference.rope_parameters["rope_theta"]
-    assert config.max_position_embeddings == reference.max_position_embeddings
-    assert config.tie_word_embeddings == reference.tie_word_embeddings
-    assert config.checkpoint_dtype == "float32"
-    assert config.bos_token_id is None
-    assert config.eos_token_ids == ()
-
-
-@pytest.mark.parametrize(
-    ("changes", "theta"),
-    [
-        ({"rope_theta": 5000}, 5000.0),
-        ({"rope_theta": ABSENT, "rope_parameters": {"rope_theta": 7.5}}, 7.5),
-        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, 5e5),
-        ({"rope_scaling": {"type": "default"}}, 10000.0),
-        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": None}, 10000.0),
-    ],
-)
-def test_rope_theta_stands_in_either_place(
-    tmp_path: Path, changes: dict[str, object], theta: float
-) -> None:
-    assert read_changed(tmp_path, **changes).rope_theta == theta
-
-
 def test_newer_dtype_key_wins(tmp_path: Path) -> None:
     config = read_changed(tmp_path, dtype="float16", torch_dtype="float32")
     assert config.checkpoint_dtype == "float16"
@@ -139,6 +70,10 @@ def test_unknown_keys_are_ignored(tmp_path: Path) -> None:
     read_changed(tmp_path, pretraining_tp=1, use_cache=True, something=[float("inf")])
 
 
+PUBLISHED_CODE = {
+    "AutoConfig": "configuration_phi3.Phi3Config",
+    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+}
 NOT_INTEGERS = ["8", 8.0, True, [8], {"a": 8}, -1, 0, 10**30, float("nan"), float("inf")]
 NOT_FLAGS = ["true", 1, 0, []]
 NOT_NUMBERS = ["1", True, -1.0, [1], float("nan"), float("inf"), 10**400]
@@ -183,10 +118,8 @@ NOT_NUMBERS = ["1", True, -1.0, [1], float("nan"), float("inf"), 10**400]
         ("architectures", ["GPT2LMHeadModel"]),
         ("architectures", ["LlamaForCausalLM", "GPT2LMHeadModel"]),
         ("architectures", [["LlamaForCausalLM"]]),
-        ("hidden_act", "gelu"),
+        ("hidden_act", "relu"),
         ("hidden_act", 3),
-        ("auto_map", {"AutoModel": "modeling.Model"}),
-        ("auto_map", "modeling.Model"),
         ("quantization_config", {"quant_method": "gptq"}),
         ("torch_dtype", "float64"),
         ("torch_dtype", 16),
@@ -210,29 +143,37 @@ def test_bad_value_is_refused_by_name(tmp_path: Path, key: str, value: object) -
     assert len(str(caught.value)) < 400
 
 
+def test_architectures_error_lists_the_supported(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError) as caught:
+        read_changed(tmp_path, architectures=["MambaForCausalLM"])
+    assert all(name in str(caught.value) for name in SUPPORTED_ARCHITECTURES)
+    assert "got ['Mamba" in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    ("rope", "key"),
+    ("architecture", "auto_map", "is_read"),
     [
-        ({"type": "linear", "factor": 2.0}, "type"),
-        ({"rope_type": "llama3", "factor": 8.0}, "rope_type"),
-        ({"rope_type": ["yarn"]}, "rope_type"),
-        ({"factor": 8.0}, "factor"),
-        ({"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}, "full_attention"),
-        ({"rope_theta": float("nan")}, "rope_theta"),
-        ({"rope_theta": 0.5}, "rope_theta"),
+        ("Phi3ForCausalLM", PUBLISHED_CODE, True),
+        ("Phi3ForCausalLM", {**PUBLISHED_CODE, "AutoTokenizer": "someone/gpt-4o"}, True),
+        ("Phi3ForCausalLM", {**PUBLISHED_CODE, "AutoModel": "modeling_phi3.Other"}, False),
+        ("Phi3ForCausalLM", {"AutoModelForCausalLM": ["modeling_phi3.Phi3ForCausalLM"]}, False),
+        ("Phi3ForCausalLM", "modeling_phi3.Phi3ForCausalLM", False),
+        ("LlamaForCausalLM", PUBLISHED_CODE, False),
+        ("LlamaForCausalLM", {"AutoModelForCausalLM": "modeling.LlamaForCausalLM"}, False),
+        ("LlamaForCausalLM", {}, False),
     ],
 )
-@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
-def test_rope_scaling_is_refused(
-    tmp_path: Path, place: str, rope: dict[str, object], key: str
+def test_code_in_the_folder_is_never_run(
+    tmp_path: Path, architecture: str, auto_map: object, is_read: bool
 ) -> None:
-    with pytest.raises(ModelFolderError, match=rf"{place}\.{key} must be"):
-        read_changed(tmp_path, **{place: rope})
-
-
-def test_architectures_error_lists_the_supported(tmp_path: Path) -> None:
-    with pytest.raises(ModelFolderError, match=r"\['LlamaForCausalLM'\], got \['Mamba"):
-        read_changed(tmp_path, architectures=["MambaForCausalLM"])
+    (tmp_path / "modeling_phi3.py").write_text("raise SystemExit('ran')")
+    (tmp_path / "configuration_phi3.py").write_text("raise SystemExit('ran')")
+    changes = {"architectures": [architecture], "auto_map": auto_map}
+    if is_read:
+        read_changed(tmp_path, **changes)
+        return
+    with pytest.raises(ModelFolderError, match=r"config\.json: auto_map must be absent"):
+        read_changed(tmp_path, **changes)
 
 
 def test_head_dim_that_does_not_follow_is_refused(tmp_path: Path) -> None:
@@ -317,7 +258,7 @@ def test_reads_what_transformers_writes(tmp_path: Path) -> None:
 
     config = read_model_config(tmp_path)
     assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (6, 3, 16)
-    assert config.rope_theta == 12345.0
+    assert config.ropes == (RopeConfig(theta=12345.0, rotary_dim=16),)
     assert config.tie_word_embeddings
     assert config.checkpoint_dtype == "float16"
     assert config.eos_token_ids == (9,)
@@ -340,15 +281,6 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         read_generation_defaults(tmp_path)
 
 
-def test_refuses_rope_scaling_that_transformers_writes(tmp_path: Path) -> None:
-    from transformers import LlamaConfig
-
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    LlamaConfig(architectures=["LlamaForCausalLM"], rope_parameters=rope).save_pretrained(tmp_path)
-    with pytest.raises(ModelFolderError, match=r"rope_parameters\.rope_type"):
-        read_model_config(tmp_path)
-
-
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -356,11 +288,15 @@ json_values = st.recursive(
     | st.integers(min_value=0, max_value=256)
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["LlamaForCausalLM", "silu", "float32", "default", "linear"]),
+    | st.sampled_from(
+        ["silu", "gelu", "float32", "default", "linear", "yarn", "sliding_attention"]
+    ),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["rope_theta", "rope_type", "type", "factor"]), inner, max_size=3
+            st.sampled_from(["rope_theta", "rope_type", "type", "factor", "full_attention"]),
+            inner,
+            max_size=3,
         )
     ),
     max_leaves=4,
@@ -368,7 +304,10 @@ json_values = st.recursive(
 keys = st.sampled_from(
     [
         *BASE,
-        *("rope_scaling", "rope_parameters", "dtype", "attention_bias", "mlp_bias", "auto_map"),
+        *("rope_scaling", "rope_parameters", "dtype", "attention_bias", "mlp_bias", "layer_types"),
+        *("sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
+        *("partial_rotary_factor", "rope_local_base_freq", "hidden_activation"),
         *("quantization_config", "do_sample", "temperature", "top_k", "top_p", "max_new_tokens"),
     ]
 )
@@ -384,7 +323,10 @@ def read_or_refuse(folder: Path) -> None:
     assert config.num_q_heads % config.num_kv_heads == 0
     assert config.head_dim % 2 == 0
     assert 0 < config.num_parameters <= MAX_PARAMETERS
-    assert 1 <= config.rope_theta < float("inf")
+    assert all(1 < rope.theta < float("inf") for rope in config.ropes)
+    assert all(1 <= rope.rotary_dim <= config.head_dim for rope in config.ropes)
+    assert all(window is None or window >= 1 for window in config.windows)
+    assert 0 < config.attention_scale < float("inf")
     assert all(0 <= each < config.vocab_size for each in config.eos_token_ids)
     assert 0 <= defaults.temperature <= 100
     assert 0 < defaults.top_p <= 1
@@ -396,9 +338,14 @@ same_folder = settings(
 
 
 @same_folder
-@given(changes=st.dictionaries(keys, json_values, max_size=3))
-def test_any_value_is_read_or_refused(tmp_path: Path, changes: dict[str, object]) -> None:
-    write_config(tmp_path, **changes)
+@given(
+    architecture=st.sampled_from(SUPPORTED_ARCHITECTURES),
+    changes=st.dictionaries(keys, json_values, max_size=3),
+)
+def test_any_value_is_read_or_refused(
+    tmp_path: Path, architecture: str, changes: dict[str, object]
+) -> None:
+    write_config(tmp_path, **{"architectures": [architecture], **changes})
     write_generation_config(tmp_path, **changes)
     read_or_refuse(tmp_path)
 

@@ -25,12 +25,24 @@ def next_token(stream: int, position: int) -> int:
     return (stream * 31 + position * 17) % 29
 
 
-def make(stream: int, num_prompt: int, max_tokens: int, **options: object) -> Sequence:
+def make(
+    stream: int,
+    num_prompt: int,
+    max_tokens: int,
+    turning_point: int | None = None,
+    **options: object,
+) -> Sequence:
     sampling = ResolvedSampling(
         temperature=0.0, top_k=0, top_p=1.0, seed=stream, max_tokens=max_tokens, **options
     )
     prompt = [100 + stream] * num_prompt
-    return Sequence(StreamKey(b"g", stream), prompt, sampling, eos_token_ids=(EOS,))
+    return Sequence(
+        StreamKey(b"g", stream),
+        prompt,
+        sampling,
+        eos_token_ids=(EOS,),
+        turning_point=turning_point,
+    )
 
 
 def expected_output(sequence: Sequence) -> list[int]:
@@ -93,9 +105,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 20),
         min_tokens=st.integers(0, 5),
         life=st.none() | st.integers(1, 5),
+        turning_point=st.none() | st.integers(1, 30),
     )
-    def add(self, num_prompt: int, max_tokens: int, min_tokens: int, life: int | None) -> None:
-        sequence = make(self.next_stream, num_prompt, max_tokens, min_tokens=min_tokens)
+    def add(
+        self,
+        num_prompt: int,
+        max_tokens: int,
+        min_tokens: int,
+        life: int | None,
+        turning_point: int | None,
+    ) -> None:
+        sequence = make(
+            self.next_stream, num_prompt, max_tokens, turning_point, min_tokens=min_tokens
+        )
         sequence.deadline = None if life is None else self.now + life
         self.next_stream += 1
         self.scheduler.add(sequence)
@@ -278,3 +300,46 @@ def test_a_resumed_sequence_continues_at_its_output_position() -> None:
         for update in scheduler.finish_step(batch, run(batch), 0.0):
             rest += update.token_ids
     assert rest == whole[6:]
+
+
+def test_behind_its_turning_point_a_sequence_is_computed_anew() -> None:
+    scheduler = scheduler_of(16, budget=5)
+    turned, other = make(1, 3, 6, 6, ignore_eos=True), make(2, 3, 6, 2, ignore_eos=True)
+    scheduler.add(turned)
+    scheduler.add(other)
+    computed: dict[int, list[tuple[int, int, int]]] = {1: [], 2: []}
+    while not scheduler.is_idle:
+        batch = scheduler.schedule(0.0)
+        for row, key in enumerate(batch.keys):
+            start = int(batch.num_computed_tokens[row])
+            together = int(batch.num_turned_together[row])
+            computed[key.stream].append(
+                (start, start + int(batch.num_scheduled_tokens[row]), together)
+            )
+        scheduler.finish_step(batch, run(batch), 0.0)
+        scheduler.check_integrity()
+    # Its fourth output token makes 7: everything again, in steps of at most 5 tokens.
+    assert [each[:2] for each in computed[1]][-3:] == [(0, 5), (5, 7), (7, 8)]
+    assert [each[2] for each in computed[1]] == [3] * (len(computed[1]) - 3) + [7] * 3
+    # A prompt that lies behind it already is computed once, as one text.
+    assert [each[2] for each in computed[2]] == [3] * len(computed[2])
+    assert sorted(each[0] for each in computed[2]) == [each[0] for each in computed[2]]
+
+
+@pytest.mark.parametrize(
+    ("num_prompt", "num_output", "together"),
+    [(3, 0, 3), (3, 3, 3), (3, 4, 7), (3, 9, 7), (6, 1, 7), (7, 2, 7), (8, 2, 8)],
+)
+def test_a_resumed_sequence_is_turned_as_it_was(
+    num_prompt: int, num_output: int, together: int
+) -> None:
+    sampling = make(1, 1, 20).sampling
+    resumed = Sequence(
+        StreamKey(b"g", 1),
+        [5] * num_prompt,
+        sampling,
+        eos_token_ids=(),
+        output_ids=[6] * num_output,
+        turning_point=6,
+    )
+    assert resumed.num_turned_together == together

@@ -6,13 +6,17 @@ import math
 
 import pytest
 import torch
-from mini_infer_kernels.reference.activation import reference_silu_and_mul
+from mini_infer_kernels.reference.activation import (
+    reference_gelu_and_mul,
+    reference_gelu_tanh_and_mul,
+    reference_silu_and_mul,
+)
 from mini_infer_kernels.reference.paged_attention import (
     reference_decode_attention,
     reference_prefill_attention,
 )
-from mini_infer_kernels.reference.rmsnorm import reference_rmsnorm
-from mini_infer_kernels.reference.rope import reference_rope, rope_table
+from mini_infer_kernels.reference.rmsnorm import reference_gemma_rmsnorm, reference_rmsnorm
+from mini_infer_kernels.reference.rope import reference_rope
 from mini_infer_kernels.reference.store_kv import reference_store_kv
 
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -38,31 +42,38 @@ def test_rmsnorm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
     mean = x.double().square().sum(-1, keepdim=True) / shape[-1]
     got = reference_rmsnorm(x, weight, 1e-5)
-    assert_close(got, x.double() / (mean + 1e-5).sqrt() * weight.double())
+    normed = x.double() / (mean + 1e-5).sqrt()
+    assert_close(got, normed * weight.double())
     assert got.dtype == dtype
+    gemma = reference_gemma_rmsnorm(x, weight, 1e-5)
+    assert_close(gemma, normed * (1 + weight.double()))
+    assert gemma.dtype == dtype
+
+
+def test_gemma_rmsnorm_rounds_once() -> None:
+    x, weight = torch.randn(64, 32).bfloat16(), (torch.randn(32) / 8).bfloat16()
+    exact = reference_gemma_rmsnorm(x.float(), weight.float(), 1e-5)
+    assert torch.equal(reference_gemma_rmsnorm(x, weight, 1e-5), exact.bfloat16())
 
 
 @dtypes
-def test_rope_turns_each_pair_by_its_angle(dtype: torch.dtype) -> None:
-    head_dim, theta = 10, 500.0
-    positions = [0, 1, 63]
-    cos, sin = rope_table(head_dim, 64, theta, torch.device("cpu"))
-    heads = torch.randn(3, 3, head_dim).to(dtype)
-    x, others = heads.clone()[:, :2], heads[:, 2:].clone()
-    rows = torch.tensor(positions)
-    got = heads[:, :2]
-    reference_rope(got, cos[rows, None].to(dtype), sin[rows, None].to(dtype))
-    assert torch.equal(heads[:, 2:], others)
-    expected = torch.empty(3, 2, head_dim, dtype=torch.float64)
-    half = head_dim // 2
-    for token, position in enumerate(positions):
-        for pair in range(half):
-            angle = position * theta ** (-2 * pair / head_dim)
-            a, b = x[token, :, pair].double(), x[token, :, pair + half].double()
-            expected[token, :, pair] = a * math.cos(angle) - b * math.sin(angle)
-            expected[token, :, pair + half] = b * math.cos(angle) + a * math.sin(angle)
-    assert_close(got, expected)
-    assert torch.equal(got[0], x[0])
+@pytest.mark.parametrize("width", [10, 6])
+def test_rope_turns_each_pair_by_its_angle(dtype: torch.dtype, width: int) -> None:
+    angles = torch.rand(3, width // 2, dtype=torch.float64) * 7
+    angles[0] = 0
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    heads = torch.randn(3, 3, 10).to(dtype)
+    before = heads.clone()
+    turning = heads[:, :2, :width]
+    reference_rope(
+        turning, torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    )
+    x, (first, second) = before.double(), before[:, :2, :width].double().chunk(2, -1)
+    x[:, :2, :width] = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    assert_close(turning, x[:, :2, :width])
+    assert torch.equal(heads[:, 2:], before[:, 2:])
+    assert torch.equal(heads[:, :2, width:], before[:, :2, width:])
+    assert torch.equal(heads[0], before[0])
 
 
 @dtypes
@@ -70,6 +81,16 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
     gate_up = torch.randn(5, 14).to(dtype)
     gate, up = gate_up[:, :7].double(), gate_up[:, 7:].double()
     assert_close(reference_silu_and_mul(gate_up), gate / (1 + (-gate).exp()) * up)
+
+
+@dtypes
+def test_gelu_and_mul(dtype: torch.dtype) -> None:
+    gate_up = torch.randn(5, 14).to(dtype)
+    gate, up = gate_up[:, :7].double(), gate_up[:, 7:].double()
+    normal = (1 + torch.erf(gate / math.sqrt(2))) / 2
+    assert_close(reference_gelu_and_mul(gate_up), gate * normal * up)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    assert_close(reference_gelu_tanh_and_mul(gate_up), gate * (1 + inner.tanh()) / 2 * up)
 
 
 def test_store_kv_writes_its_slots_and_no_others() -> None:
@@ -103,49 +124,76 @@ def paged(
 
 
 def dense_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention of the last tokens of one sequence, in float64."""
+    """Causal attention of the last tokens of one sequence, scaled by 0.3, in float64."""
     length, num_q_heads, _ = query.shape
     group = num_q_heads // keys.shape[1]
     out = torch.empty(query.shape, dtype=torch.float64)
     for token in range(length):
-        seen = len(keys) - length + token + 1
+        end = len(keys) - length + token + 1
+        seen = slice(0 if window is None else max(0, end - window), end)
         for head in range(num_q_heads):
-            scores = keys[:seen, head // group].double() @ query[token, head].double() * scale
-            out[token, head] = scores.softmax(0) @ values[:seen, head // group].double()
+            scores = keys[seen, head // group].double() @ query[token, head].double() * 0.3
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
+            out[token, head] = scores.softmax(0) @ values[seen, head // group].double()
     return out
 
 
 heads = pytest.mark.parametrize(
     ("num_q_heads", "num_kv_heads", "head_dim"), [(4, 4, 8), (6, 2, 16), (3, 1, 5)], ids=str
 )
+kinds = pytest.mark.parametrize(
+    ("window", "softcap"), [(None, None), (1, None), (3, None), (None, 0.5), (5, 2.0)], ids=str
+)
 
 
 @dtypes
 @heads
+@kinds
 def test_decode_attention(
-    dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, head_dim: int
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     contexts = [1, 4, 5, 19]
     cache, tables, dense_keys, dense_values = paged(contexts, num_kv_heads, head_dim, dtype)
     query = torch.randn(len(contexts), num_q_heads, head_dim).to(dtype)
-    slots = torch.arange(tables.shape[1] * BLOCK_SIZE)
-    mask = torch.where(slots < torch.tensor(contexts)[:, None], 0.0, -torch.inf).to(dtype)
-    got = reference_decode_attention(query, cache, tables, mask[:, None, None], 0.3)
+    slots, ends = torch.arange(tables.shape[1] * BLOCK_SIZE), torch.tensor(contexts)[:, None]
+    seen = (slots < ends) & (slots >= ends - (window or 99))
+    mask = torch.where(seen, 0.0, -torch.inf).to(dtype)[:, None, None]
+    got = reference_decode_attention(query, cache, tables, mask, 0.3, softcap=softcap)
     for row in range(len(contexts)):
-        expected = dense_attention(query[row : row + 1], dense_keys[row], dense_values[row], 0.3)
+        dense = dense_keys[row], dense_values[row]
+        expected = dense_attention(query[row : row + 1], *dense, window, softcap)
         assert_close(got[row : row + 1], expected)
 
 
 @dtypes
 @heads
+@kinds
 def test_prefill_attention(
-    dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, head_dim: int
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     lengths, contexts = [1, 5, 3, 8], [1, 5, 17, 9]
     cache, tables, dense_keys, dense_values = paged(contexts, num_kv_heads, head_dim, dtype)
     query = torch.randn(sum(lengths), num_q_heads, head_dim).to(dtype)
-    got = reference_prefill_attention(query, cache, tables, lengths, contexts, 0.3)
+    got = reference_prefill_attention(
+        query, cache, tables, lengths, contexts, 0.3, window=window, softcap=softcap
+    )
     for row, (rows, part) in enumerate(zip(query.split(lengths), got.split(lengths), strict=True)):
-        assert_close(part, dense_attention(rows, dense_keys[row], dense_values[row], 0.3))
+        dense = dense_keys[row], dense_values[row]
+        assert_close(part, dense_attention(rows, *dense, window, softcap))

@@ -55,6 +55,7 @@ class ScheduledBatch:
         token_ids: [T] the tokens to compute, row after row.
         num_scheduled_tokens: [S] how many of them belong to each row.
         num_computed_tokens: [S] tokens of the row that are in the cache before the step.
+        num_turned_together: [S] see `Sequence.num_turned_together`.
         block_tables: [S, B] each row's blocks, padded with 0.
         num_decodes: Rows at the front that have one token each.
         sampling: How to choose the next token of the rows whose last token is computed now.
@@ -66,6 +67,7 @@ class ScheduledBatch:
     token_ids: Ints
     num_scheduled_tokens: Ints
     num_computed_tokens: Ints
+    num_turned_together: Ints
     block_tables: Ints
     num_decodes: int
     sampling: SamplingColumns
@@ -144,6 +146,7 @@ def build_batch(step: int, rows: Seq[ScheduledRow], zero_blocks: Seq[int]) -> Sc
         token_ids=np.array(token_ids, np.int64),
         num_scheduled_tokens=np.array([row.num_tokens for row in rows], np.int64),
         num_computed_tokens=np.array([each.num_computed_tokens for each in sequences], np.int64),
+        num_turned_together=np.array([each.num_turned_together for each in sequences], np.int64),
         block_tables=block_tables,
         num_decodes=sum(row.num_tokens == 1 for row in rows),
         sampling=_sampling_columns(rows),

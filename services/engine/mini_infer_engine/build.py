@@ -15,11 +15,14 @@ from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.captured_decode import CAN_RECORD, captured_decode
 from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import CPU_CACHE_BYTES, KVCache, KVCacheSpec, blocks_that_fit
+from mini_infer_engine.layers.backend import Backend
+from mini_infer_engine.layers.decoder import CausalLM
+from mini_infer_engine.layers.rotary import depends_on_length
 from mini_infer_engine.loader import Progress, check_weights, load_weights
 from mini_infer_engine.merged_decode import MERGED_ROUNDS, MergedDecode
 from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.model_runner import EagerForward, Forward, ModelRunner
-from mini_infer_engine.models.llama import LlamaForCausalLM
+from mini_infer_engine.models import MODELS
 from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
 from mini_infer_engine.served_model import ServedModel, read_served_model
 from mini_infer_engine.trial_run import (
@@ -84,18 +87,25 @@ def build_engine(
     dtype_name = _choose_dtype(config, device)
     served = read_served_model(config, dtype_name)
     dtype: torch.dtype = getattr(torch, dtype_name)
-    check_weights(
-        LlamaForCausalLM(served.config, REFERENCE, dtype, torch.device("meta"), num_positions=1),
-        config.model_folder,
-    )
+    model_class = MODELS[served.config.architecture]
+    nowhere = Backend(REFERENCE, dtype, torch.device("meta"))
+    check_weights(model_class(served.config, nowhere, num_positions=1), config.model_folder)
     # Of whole blocks: merged steps go beyond a row's end, though not beyond its last block.
     num_positions = -(-served.max_model_len // config.block_size) * config.block_size
-    model = LlamaForCausalLM(served.config, REFERENCE, dtype, device, num_positions=num_positions)
+    backend = Backend(REFERENCE, dtype, device)
+    model = model_class(served.config, backend, num_positions=num_positions)
     report = load_weights(model, config.model_folder, on_progress)
     is_small = report.num_bytes < SMALL_MODEL_BYTES
     if num_threads := config.num_threads or (is_small and small_model_threads):
         torch.set_num_threads(num_threads)
-    buffers = InputBuffers(block_size=config.block_size, dtype=dtype, device=device)
+    needs_rotation_lens = any(depends_on_length(rope) for rope in served.config.ropes)
+    buffers = InputBuffers(
+        block_size=config.block_size,
+        dtype=dtype,
+        device=device,
+        windows=served.config.windows,
+        needs_rotation_lens=needs_rotation_lens,
+    )
     spec = KVCacheSpec(
         num_layers=served.config.num_layers,
         num_kv_heads=served.config.num_kv_heads,
@@ -109,7 +119,11 @@ def build_engine(
     pool = BlockPool(num_blocks, config.block_size)
     cache = KVCache(spec, num_blocks)
     num_rounds = min(MERGED_ROUNDS, config.block_size) if merge_decode_steps and is_small else 1
-    runner = _make_runner(EagerForward(model), cache, buffers, num_rounds)
+    forward = EagerForward(model)
+    if device.type == "cpu" and CAN_RECORD and not needs_rotation_lens:
+        runner = _make_recorded_runner(forward, cache, buffers, num_rounds)
+    else:
+        runner = ModelRunner(forward, cache, buffers)
     limits = SchedulerLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -119,12 +133,10 @@ def build_engine(
     return Engine(served, pool, Scheduler(pool, limits), runner, token_s)
 
 
-def _make_runner(
+def _make_recorded_runner(
     forward: Forward, cache: KVCache, buffers: InputBuffers, num_rounds: int
 ) -> ModelRunner:
-    """Records steps where that is faster and can be done."""
-    if cache.spec.device.type != "cpu" or not CAN_RECORD:
-        return ModelRunner(forward, cache, buffers)
+    """Records steps, or leaves them as they are where torch cannot."""
     try:
         captured = captured_decode(forward, cache, buffers)
         merged = None
@@ -164,7 +176,7 @@ def _choose_num_blocks(
     config: EngineConfig,
     served: ServedModel,
     spec: KVCacheSpec,
-    model: LlamaForCausalLM,
+    model: CausalLM,
     buffers: InputBuffers,
 ) -> int:
     if spec.device.type == "cuda" and config.kv_cache_tokens is None:
@@ -217,7 +229,7 @@ def _free_cuda_bytes(
     config: EngineConfig,
     served: ServedModel,
     spec: KVCacheSpec,
-    model: LlamaForCausalLM,
+    model: CausalLM,
     buffers: InputBuffers,
 ) -> int:
     """Memory left for the cache, after running the largest batch to see what it takes."""

@@ -102,20 +102,19 @@ def _tensors(inputs: ModelInputs) -> tuple[torch.Tensor, ...]:
     """What differs from step to step."""
     attention = inputs.attention
     every_kind = (inputs.token_ids, inputs.cache, attention.positions, attention.slot_mapping)
-    if attention.decode_block_tables is None or attention.decode_mask is None:
+    if attention.decode_block_tables is None:
         return every_kind
-    return (*every_kind, attention.decode_block_tables, attention.decode_mask)
+    return (*every_kind, attention.decode_block_tables, *attention.decode_masks)
 
 
 def _replaced(inputs: ModelInputs, tensors: tuple[torch.Tensor, ...]) -> ModelInputs:
     """The inverse of `_tensors`."""
     token_ids, cache, positions, slot_mapping, *gathered = tensors
-    tables, mask = gathered if gathered else (None, None)
     attention = replace(
         inputs.attention,
         positions=positions,
         slot_mapping=slot_mapping,
-        decode_block_tables=tables,
-        decode_mask=mask,
+        decode_block_tables=gathered[0] if gathered else None,
+        decode_masks=tuple(gathered[1:]),
     )
     return replace(inputs, token_ids=token_ids, cache=cache, attention=attention)

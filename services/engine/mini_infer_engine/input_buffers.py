@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from mini_infer_engine.batch import Ints, ScheduledBatch
 from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.layers.attention import AttentionInputs
+
+_FIRST_ROW: Ints = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +36,29 @@ class ModelInputs:
 class InputBuffers:
     """Builds the inputs of each step."""
 
-    def __init__(self, *, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Takes the block size of the cache, the model's data type and its device."""
+    def __init__(
+        self,
+        *,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        windows: Sequence[int | None] = (None,),
+        needs_rotation_lens: bool = False,
+    ) -> None:
+        """Takes what the inputs depend on.
+
+        Args:
+            block_size: Of the cache.
+            dtype: The model's.
+            device: The model's.
+            windows: The model's (`ModelConfig.windows`).
+            needs_rotation_lens: Whether one of its rotary embeddings depends on the text's length.
+        """
         self._block_size = block_size
         self._device = device
         self._dtype = dtype
+        self._windows = windows
+        self._needs_rotation_lens = needs_rotation_lens
 
     def build(self, batch: ScheduledBatch, cache: KVCache) -> ModelInputs:
         """The inputs of a batch that is not empty."""
@@ -66,10 +87,11 @@ class InputBuffers:
         position = self._to_device(batch.num_computed_tokens)
         attention = AttentionInputs(
             positions=position,
+            rotation_lens=self._rotation_lens(batch, batch.num_computed_tokens, _FIRST_ROW),
             slot_mapping=position,
             num_decodes=1,
             decode_block_tables=None,
-            decode_mask=None,
+            decode_masks=(),
             prefill_block_tables=None,
             prefill_lens=[],
             prefill_context_lens=[],
@@ -96,10 +118,14 @@ class InputBuffers:
         num_decode_blocks = -(-int(contexts[:split].max(initial=0)) // self._block_size)
         attention = AttentionInputs(
             positions=self._to_device(positions),
+            rotation_lens=self._rotation_lens(batch, positions, rows),
             slot_mapping=self._to_device(slots),
             num_decodes=split,
             decode_block_tables=self._to_device(batch.block_tables[:split, :num_decode_blocks]),
-            decode_mask=self._decode_mask(contexts[:split], num_decode_blocks),
+            decode_masks=tuple(
+                self._decode_mask(contexts[:split], num_decode_blocks, window)
+                for window in self._windows
+            ),
             prefill_block_tables=self._to_device(batch.block_tables[split:]),
             prefill_lens=lengths[split:].tolist(),
             prefill_context_lens=contexts[split:].tolist(),
@@ -115,10 +141,21 @@ class InputBuffers:
         rows = batch.sampling.rows
         return None if len(rows) == batch.num_tokens else self._to_device(ends[rows] - 1)
 
-    def _decode_mask(self, contexts: Ints, num_blocks: int) -> torch.Tensor:
-        """0 where a slot of a decoding row holds one of its tokens, -inf elsewhere."""
+    def _rotation_lens(
+        self, batch: ScheduledBatch, positions: Ints, rows: Ints
+    ) -> torch.Tensor | None:
+        """The length of text that each token is turned for."""
+        if not self._needs_rotation_lens:
+            return None
+        return self._to_device(np.maximum(positions + 1, batch.num_turned_together[rows]))
+
+    def _decode_mask(self, contexts: Ints, num_blocks: int, window: int | None) -> torch.Tensor:
+        """0 where a slot of a decoding row holds a token that it sees, -inf elsewhere."""
         slots = np.arange(num_blocks * self._block_size)
-        mask = np.where(slots < contexts[:, None], np.float32(0), np.float32(-np.inf))
+        is_visible = slots < contexts[:, None]
+        if window is not None:
+            is_visible &= slots >= contexts[:, None] - window
+        mask = np.where(is_visible, np.float32(0), np.float32(-np.inf))
         return torch.from_numpy(mask).to(self._device, self._dtype)[:, None, None]
 
     def _to_device(self, values: Ints) -> torch.Tensor:

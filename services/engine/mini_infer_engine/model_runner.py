@@ -9,7 +9,7 @@ import torch
 from mini_infer_engine.batch import NO_TOKENS, ScheduledBatch, StepTokens
 from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
 from mini_infer_engine.kv_cache import KVCache
-from mini_infer_engine.models.llama import LlamaForCausalLM
+from mini_infer_engine.layers.decoder import CausalLM
 from mini_infer_engine.sampling import sample
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Forward(Protocol):
 class EagerForward:
     """Runs the model operation by operation."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: CausalLM) -> None:
         """Takes a loaded model."""
         self.model = model
 

@@ -297,7 +297,7 @@ class Scheduler:
     # --- how sequences end ----------------------------------------------------------------------
 
     def _append(self, sequence: Sequence, token_ids: Iterable[int], now: float) -> SequenceUpdate:
-        start = sequence.num_output_tokens
+        start, num_turned_together = sequence.num_output_tokens, sequence.num_turned_together
         code = FinishCode.RUNNING
         kept: list[int] = []
         for token_id in token_ids:
@@ -306,6 +306,8 @@ class Scheduler:
             if code is not FinishCode.RUNNING:
                 break
         sequence.num_computed_tokens += len(kept) - 1
+        if sequence.num_turned_together != num_turned_together:
+            sequence.num_computed_tokens = 0
         sequence.times.note_tokens(now)
         if code is FinishCode.RUNNING:
             return SequenceUpdate(sequence.key, start, kept)

@@ -79,6 +79,9 @@ class Sequence:
         key: Who asked.
         token_ids: Prompt and output.
         num_prompt_tokens: Length of the prompt.
+        num_turned_together: Tokens at the front whose keys are turned for one length of text,
+            theirs; each later one is turned for the length up to itself. Matters where rotary
+            embeddings depend on that length (`layers/rotary.py`).
         sampling: How to choose and when to stop.
         end_ids: Ids that end the sequence: its stop ids, and the model's unless ignored.
         deadline: Monotonic time at which it ends, or None.
@@ -91,6 +94,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_turning_point",
         "block_table",
         "deadline",
         "end_ids",
@@ -99,6 +103,7 @@ class Sequence:
         "num_in_flight",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_turned_together",
         "sampling",
         "status",
         "times",
@@ -114,6 +119,7 @@ class Sequence:
         eos_token_ids: Collection[int],
         output_ids: Seq[int] = (),
         deadline: float | None = None,
+        turning_point: int | None = None,
     ) -> None:
         """Makes a sequence that waits.
 
@@ -124,10 +130,15 @@ class Sequence:
             eos_token_ids: The model's end-of-sequence ids.
             output_ids: Output that exists already and is not delivered again.
             deadline: Monotonic time at which it ends, or None.
+            turning_point: Length of text behind which all of its tokens are turned anew, or None.
         """
         self.key = key
         self.token_ids = [*prompt_ids, *output_ids]
         self.num_prompt_tokens = len(prompt_ids)
+        self._turning_point = turning_point
+        self.num_turned_together = len(prompt_ids)
+        if turning_point is not None and len(prompt_ids) <= turning_point < self.num_tokens:
+            self.num_turned_together = turning_point + 1
         self.sampling = sampling
         model_ends = () if sampling.ignore_eos else eos_token_ids
         self.end_ids = frozenset(sampling.stop_token_ids).union(model_ends)
@@ -166,6 +177,8 @@ class Sequence:
         """
         may_end = not self.ends_are_banned
         self.token_ids.append(token_id)
+        if len(self.token_ids) - 1 == self._turning_point:
+            self.num_turned_together = len(self.token_ids)
         if may_end and token_id in self.end_ids:
             return FinishCode.STOP_TOKEN
         if self.num_output_tokens >= self.sampling.max_tokens:

@@ -16,12 +16,8 @@ from mini_infer.sampling_params import (
     ResolvedSampling,
 )
 
-from mini_infer_engine.model_config import (
-    ModelConfig,
-    model_fingerprint,
-    read_generation_defaults,
-    read_model_config,
-)
+from mini_infer_engine.generation_config import read_generation_defaults
+from mini_infer_engine.model_config import ModelConfig, model_fingerprint, read_model_config
 from mini_infer_engine.sequence import Sequence, StreamKey
 
 
@@ -77,6 +73,7 @@ class ServedModel:
             eos_token_ids=self.config.eos_token_ids,
             output_ids=output_ids,
             deadline=deadline,
+            turning_point=self.config.turning_point,
         )
 
     def _problem(
@@ -129,7 +126,7 @@ def read_served_model(config: EngineConfig, dtype: str) -> ServedModel:
     """
     folder = config.model_folder
     model_config = read_model_config(folder)
-    longest = model_config.max_position_embeddings
+    longest = model_config.max_context
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len must be at most {longest}, for which {config.model_name} was made, "

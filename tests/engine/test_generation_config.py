@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from mini_infer.errors import ModelFolderError
 from mini_infer.sampling_params import GenerationDefaults
-from mini_infer_engine.model_config import read_generation_defaults
+from mini_infer_engine.generation_config import read_generation_defaults
 
 
 def write_generation_config(folder: Path, **values: object) -> Path:
@@ -58,3 +58,18 @@ def test_bad_generation_default_is_refused_by_name(tmp_path: Path, key: str, val
     write_generation_config(tmp_path, **{key: value})
     with pytest.raises(ModelFolderError, match=rf"generation_config\.json: {key} must be"):
         read_generation_defaults(tmp_path)
+
+
+def test_what_is_not_applied_is_told_at_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    neutral = {"repetition_penalty": 1.0, "num_beams": 1, "suppress_tokens": [], "min_p": None}
+    read_generation_defaults(write_generation_config(tmp_path, **neutral))
+    assert capsys.readouterr().out == ""
+    read_generation_defaults(
+        write_generation_config(tmp_path, repetition_penalty=1.05, suppress_tokens=[7], top_k=20)
+    )
+    warning = capsys.readouterr().out
+    assert "repetition_penalty" in warning
+    assert "suppress_tokens" in warning
+    assert "top_k" not in warning
