@@ -22,9 +22,12 @@ class GreedyReference:
     """Greedy decoding of a model folder by `transformers`, in float32, one prompt at a time."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import GenerationConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
-        self._model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        # The one way of computing attention that knows soft caps.
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        )
         # The folder's own settings sample and stop at its end ids; this one does neither.
         self._model.generation_config = GenerationConfig(do_sample=False)  # type: ignore[no-untyped-call]
 

@@ -51,8 +51,10 @@ class FusedLinear:
 
     def add_to_(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Adds the product, [T, in_features] to [T, rows], to a residual stream in place."""
-        residual.addmm_(x, self._transposed)
-        return residual if self._bias is None else residual.add_(self._bias)
+        if self._bias is None:
+            return residual.addmm_(x, self._transposed)
+        # The bias first: what is rounded on the way is smaller without the residual.
+        return residual.add_(self(x))
 
     def destinations(self, prefix: str) -> dict[str, torch.Tensor]:
         """Where each checkpoint tensor goes, as views of weight and bias."""
