@@ -77,7 +77,25 @@ SAMPLES: dict[str, tuple[messages.Message, ...]] = {
     "to_tokenizer": (
         *_FROM_GATEWAY,
         messages.EncodeText(1, "Once upon a time", True),
-        messages.EncodeChat(2, [messages.WireChatMessage("user", "Hi")], True),
+        messages.EncodeChat(
+            2,
+            [
+                messages.WireChatMessage("user", "Hi", name="Ann"),
+                messages.WireChatMessage(
+                    "assistant",
+                    None,
+                    tool_calls=[messages.WireToolCall("find", '{"x": 1}', True, "call-1")],
+                    reasoning_content="Hm.",
+                ),
+                messages.WireChatMessage("tool", "a fox", tool_call_id="call-1"),
+            ],
+            False,
+            ['{"name": "find"}'],
+            ['{"title": "Foxes"}'],
+            '{"enable_thinking": false}',
+            "tool_use",
+            True,
+        ),
         messages.Decode(3, [1, 2, 3], False),
         messages.OpenText(5, ["\n\n", "END"], True, False, 4, [1], True),
         messages.TextStep([5], [0], [2], [100, 101], [True]),
@@ -112,9 +130,12 @@ def record() -> None:
         folder = FRAMES / direction
         folder.mkdir(parents=True, exist_ok=True)
         for sample in samples:
-            frame = folder / f"{type(sample).__name__}.bin"
-            if not frame.exists():
-                frame.write_bytes(messages.encode(sample))
+            content = messages.encode(sample)
+            kept = {each.read_bytes() for each in folder.glob(f"{type(sample).__name__}*.bin")}
+            if content not in kept:
+                number = f"-{len(kept) + 1}" if kept else ""
+                frame = folder / f"{type(sample).__name__}{number}.bin"
+                frame.write_bytes(content)
                 expected = {"message": type(sample).__name__, "fields": fields_of(sample)}
                 text = json.dumps(expected, indent=2, ensure_ascii=False)
                 frame.with_suffix(".json").write_text(text + "\n", encoding="utf-8")

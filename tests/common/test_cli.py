@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pty
 import re
 import socket
 import subprocess
@@ -16,10 +17,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import structlog
 import torch
 from mini_infer import Client, EngineConfig, SamplingParams
 from mini_infer.cli import main as command_line
 from mini_infer.cli.options import attribute_docs
+from mini_infer.cli.progress import byte_progress
 from mini_infer.cli.run_folder import MAX_PARENT_BYTES, PREFIX, run_folder
 from mini_infer.config import GatewayConfig, TokenizerConfig, bundled_model
 from mini_infer.errors import ConfigError
@@ -108,6 +111,8 @@ def test_version(run: RunMain) -> None:
         (["tokenizer"], "Missing option '--address'"),
         (["tokenizer", "--address=tcp://*:5555"], "processes talk over ipc:// only"),
         (["engine", "--address=ipc:///x", "--model=/no/model"], "/no/model"),
+        (["engine", "--address=ipc:///x", "--revision=v1"], "revision v1 is of a Hub id"),
+        (["serve", "--port=0", "--revision=v1"], "revision v1 is of a Hub id"),
         (["gateway"], "needs the address of an engine and of a tokenizer"),
         (["generate", "--address=127.0.0.1:1", "Hi"], "start one with `mini-infer serve`"),
         (["chat", "--address=127.0.0.1:1"], "start one with `mini-infer serve`"),
@@ -228,6 +233,7 @@ def test_doctor_finds_nothing_missing_here(run: RunMain) -> None:
     ("flags", "remedy"),
     [
         (["--model=/no/such/model"], "pass --model with a model folder"),
+        (["--model=/no/such/model", "--revision=v1"], "no --revision"),
         (["--device=cuda"], "install a CUDA build of torch"),
     ],
 )
@@ -242,6 +248,57 @@ def test_doctor_says_what_to_do(
     code, out, _ = run("doctor", "--port=0", *flags)
     assert code == 1
     assert remedy in out
+
+
+def test_doctor_downloads_no_model(run: RunMain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run("doctor", "--port=0", "--model=nobody/has-this-model", "--revision=v1")
+    assert code == 0
+    assert "nobody/has-this-model is not here yet" in out
+    assert "downloaded when the server starts" in out
+
+
+def test_progress_is_lines_of_a_log_where_nobody_watches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([100.0, 101.0, 106.0, 107.0, 110.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with structlog.testing.capture_logs() as lines, byte_progress("Loading weights") as report:
+        for done in (1000, 2000, 7000, 8000, 9000):
+            report(done, 9000)
+    assert [line["done_bytes"] for line in lines] == [7000, 9000]
+    assert [line["bytes_per_s"] for line in lines] == [1000, 800]
+    assert {line["event"] for line in lines} == {"Loading weights"}
+
+
+def test_progress_is_a_bar_in_a_terminal() -> None:
+    """On stderr, from the first byte to the last; the cursor comes back after a failure."""
+    code = """
+import sys
+from mini_infer.cli.progress import byte_progress
+with byte_progress("Loading [weights]") as report:
+    report(500_000, 1_000_000)
+    raise SystemExit(int(sys.argv[1]))
+"""
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    for exit_code in (0, 3):
+        master, slave = pty.openpty()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(exit_code)],
+            stdout=subprocess.PIPE,
+            stderr=slave,
+            env=environment,
+            timeout=WAIT_S,
+            check=False,
+        )
+        os.close(slave)
+        shown = os.read(master, 100_000).decode()
+        os.close(master)
+        assert (done.returncode, done.stdout) == (exit_code, b"")
+        assert "Loading [weights]" in shown
+        assert "0.5/1.0 MB" in shown
+        hides_cursor, shows_cursor = "\x1b[?25l", "\x1b[?25h"
+        assert shown.rindex(shows_cursor) > shown.rindex(hides_cursor)
 
 
 def test_doctor_names_packages_that_are_missing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -411,6 +412,50 @@ def test_chat_prompt() -> None:
     assert not request.chat.add_generation_prompt
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"z": 1, "a": 1.0}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"b": 1, "a": "ü"}}}
+CHAT_OPTIONS: Any = {
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "tools": [TOOL],
+    "documents": [{"text": "x"}],
+    "template_kwargs": {"enable_thinking": False, "n": 2**53},
+    "chat_template": "rag",
+}
+LONG_CHAT: Any = [
+    {"role": "user", "content": "", "name": "Ann"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "Hm."},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": "text"}}]},
+    {"role": "tool", "content": "42", "tool_call_id": "1"},
+]
+
+
+def test_chat_options_reach_their_fields(client: Any, script: Script) -> None:
+    client.tokenize(LONG_CHAT, **CHAT_OPTIONS)
+    client.generate(LONG_CHAT, max_tokens=1, **CHAT_OPTIONS).text()
+    tokenized, generated = script.asked
+    assert tokenized.chat == generated.chat
+    call = pb2.ToolCall(id="1", function_name="f", arguments_json='{"b": 1, "a": "\\u00fc"}')
+    expected = pb2.Chat(
+        messages=[
+            pb2.ChatMessage(role="user", content=[pb2.ContentPart(text="")], name="Ann"),
+            pb2.ChatMessage(role="assistant", tool_calls=[call], reasoning_content="Hm."),
+            pb2.ChatMessage(
+                role="assistant",
+                tool_calls=[pb2.ToolCall(function_name="g", arguments_text="text")],
+            ),
+            pb2.ChatMessage(role="tool", content=[pb2.ContentPart(text="42")], tool_call_id="1"),
+        ],
+        add_generation_prompt=False,
+        continue_final_message=True,
+        tools_json=[json.dumps(TOOL)],
+        documents_json=['{"text": "x"}'],
+        chat_template="rag",
+    )
+    expected.template_kwargs.update({"enable_thinking": False, "n": 2**53})
+    assert generated.chat == expected
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
@@ -447,7 +492,7 @@ def test_prompt_that_no_field_holds_is_named(prompt: Any, field: str) -> None:
     assert [each.field for each in caught.value.violations] == ["sampling.top_k", field]
     with pytest.raises(InvalidRequestError) as caught:
         detokenize_request(prompt, None) if field == "token_ids.ids" else tokenize_request(
-            prompt, None, None
+            prompt, None, {}
         )
     assert [each.field for each in caught.value.violations] == [field.removesuffix(".ids")]
 

@@ -47,6 +47,7 @@ def test_flag_beats_environment_beats_file_beats_default(
     ("name", "text", "value"),
     [
         ("model", "/models/llama", "/models/llama"),
+        ("revision", "v1.0", "v1.0"),
         ("max_model_len", "2048", 2048),
         ("gpu_memory_utilization", "0.5", 0.5),
     ],
@@ -84,7 +85,7 @@ def test_no_two_processes_mean_different_things_by_one_setting() -> None:
         for config_class in (EngineConfig, TokenizerConfig, GatewayConfig)
         for each in fields(config_class)
     ]
-    assert {name for name in names if names.count(name) > 1} == {"model"}
+    assert {name for name in names if names.count(name) > 1} == {"model", "revision"}
 
 
 def test_the_environment_names_the_file(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

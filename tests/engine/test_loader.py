@@ -1,18 +1,23 @@
 import json
 import pickle
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+import random_checkpoint
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from mini_infer.config import EngineConfig, bundled_model
 from mini_infer.errors import ModelFolderError
-from mini_infer_engine.build import build_engine
-from mini_infer_engine.loader import LoadReport, load_weights
+from mini_infer_engine import loader
+from mini_infer_engine.layers.backend import Backend
+from mini_infer_engine.loader import load_weights
+from mini_infer_engine.model_config import read_model_config
+from mini_infer_engine.models import MODELS
+from mini_infer_engine.weight_files import read_headers
+from mini_infer_kernels.kernel_set import REFERENCE
+from random_checkpoint import SHAPES as SHAPES_BY_NAME
+from random_checkpoint import write_checkpoint
 from safetensors.torch import save_file
 
 SHAPES = {"embed": (8, 4), "q": (4, 4), "k": (2, 4), "v": (2, 4), "norm": (4,)}
@@ -144,8 +149,9 @@ def test_reports_progress_in_bytes(tmp_path: Path, write: Any) -> None:
     report = load_weights(
         TinyModel(), write(tmp_path, random_weights()), lambda *each: seen.append(each)
     )
-    assert [total for _, total in seen] == [report.num_bytes] * 5
+    assert {total for _, total in seen} == {report.num_bytes}
     done = [done for done, _ in seen]
+    assert len(done) == 5
     assert done == sorted(set(done))
     assert done[-1] == report.num_bytes
 
@@ -185,6 +191,20 @@ def test_one_error_lists_every_mismatch(tmp_path: Path) -> None:
         assert part in message
 
 
+def test_a_long_list_of_mismatches_is_cut(tmp_path: Path) -> None:
+    weights = {f"extra{number}": torch.zeros(1) for number in range(1000)}
+    message = refusal(write_single(tmp_path, weights))
+    assert message.count("unexpected") == loader.MAX_LISTED_PROBLEMS
+    assert f"and {1000 + len(SHAPES) - loader.MAX_LISTED_PROBLEMS} more" in message
+
+
+def test_quantized_weights_are_refused_with_what_to_use(tmp_path: Path) -> None:
+    weights = {**random_weights(), "q": torch.zeros(4, 4).to(torch.float8_e4m3fn)}
+    message = refusal(write_single(tmp_path, weights))
+    assert "expected 'q' in one of F32, F16, BF16, got F8_E4M3" in message
+    assert "use the one in 16 bits" in message
+
+
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     write_sharded(tmp_path, random_weights())
     second = {name: random_weights()[name] for name in ("q", "v", "norm", "k")}
@@ -206,33 +226,6 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
     path = write_single(tmp_path, random_weights()) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert "model.safetensors is truncated or damaged" in refusal(tmp_path)
-
-
-def write_raw(folder: Path, header: object, data: bytes = b"") -> Path:
-    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path = folder / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
-    return folder
-
-
-def entry(dtype: object, shape: object, begin: object, end: object) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-def test_what_only_safetensors_refuses_is_typed_too(tmp_path: Path) -> None:
-    header = json.dumps({"a": entry("F32", [1], 0, 4)})[1:-1]
-    twice = f'{{"__metadata__": {{"format": 3}}, {header}}}'.encode()
-    model = _OneTensor()
-    with pytest.raises(ModelFolderError, match="cannot be read as safetensors"):
-        load_weights(model, write_raw(tmp_path, twice, b"\0" * 4))
-
-
-class _OneTensor:
-    def destinations(self) -> dict[str, torch.Tensor]:
-        return {"a": torch.zeros(1)}
-
-    def ignorable(self) -> frozenset[str]:
-        return frozenset()
 
 
 def test_loads_what_transformers_writes(tmp_path: Path) -> None:
@@ -270,71 +263,43 @@ class _Destinations:
         return frozenset()
 
 
-def load_or_refuse(folder: Path) -> LoadReport | None:
-    """Whatever the files hold: a complete load, or the typed error."""
-    model = TinyModel()
-    try:
-        report = load_weights(model, folder)
-    except ModelFolderError:
-        return None
-    assert report.num_tensors == len(SHAPES)
-    return report
-
-
-many = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-@many
-@given(
-    position=st.integers(min_value=0),
-    length=st.integers(min_value=0, max_value=12),
-    patch=st.binary(max_size=12),
-)
-def test_any_bytes_are_loaded_or_refused(
-    tmp_path: Path, position: int, length: int, patch: bytes
+@pytest.mark.parametrize("shape", SHAPES_BY_NAME)
+def test_benchmark_checkpoints_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
 ) -> None:
-    path = write_single(tmp_path, random_weights()) / "model.safetensors"
-    content = path.read_bytes()
-    (header_length,) = struct.unpack("<Q", content[:8])
-    position %= 8 + header_length
-    path.write_bytes(content[:position] + patch + content[position + length :])
-    load_or_refuse(tmp_path)
-
-
-small = st.integers(min_value=-1, max_value=9)
-sizes = st.one_of(small, st.integers(), st.sampled_from([2**31, 2**32, 2**63, 2**64]))
-entries = st.fixed_dictionaries(
-    {},
-    optional={
-        "dtype": st.sampled_from(["F32", "F16", "BF16", "F64", "I8", "U64", "F8_E4M3", "?"]),
-        "shape": st.lists(sizes, max_size=4) | st.none(),
-        "data_offsets": st.lists(sizes, max_size=3) | st.tuples(sizes, sizes).map(sorted),
-        "extra": st.none(),
-    },
-)
-
-
-@many
-@given(changes=st.dictionaries(st.sampled_from([*SHAPES, "other", "__metadata__"]), entries))
-def test_any_header_is_loaded_or_refused(
-    tmp_path: Path, changes: dict[str, dict[str, object]]
-) -> None:
-    header: dict[str, dict[str, object]] = {}
-    end = 0
-    for name, shape in SHAPES.items():
-        begin, end = end, end + 4 * torch.Size(shape).numel()
-        header[name] = entry("F32", list(shape), begin, end)
-    for name, change in changes.items():
-        header[name] = {**header.get(name, {}), **change}
-    write_raw(tmp_path, header, b"\0" * end)
-    report = load_or_refuse(tmp_path)
-    if not changes:
-        assert report is not None
+    """Names and shapes of the real models, two layers of them, shrunk."""
+    config = {
+        **SHAPES_BY_NAME[shape],
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    monkeypatch.setattr(random_checkpoint, "MAX_SHARD_BYTES", 8000)
+    written = write_checkpoint(tmp_path / "a", config, seed=3)
+    again = write_checkpoint(tmp_path / "b", config, seed=3)
+    assert len(list(tmp_path.glob("a/model-*.safetensors"))) > 1
+    assert read_headers(tmp_path / "a")[0].path.stat().st_size < 8000 + 4000
+    model_config = read_model_config(tmp_path / "a")
+    backend = Backend(REFERENCE, torch.float32, torch.device("cpu"))
+    models = [
+        MODELS[model_config.architecture](model_config, backend, num_positions=8) for _ in "ab"
+    ]
+    reports = [
+        load_weights(model, tmp_path / name) for model, name in zip(models, "ab", strict=True)
+    ]
+    assert {report.num_bytes for report in reports} == {written} == {again}
+    one, other = (model.destinations() for model in models)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(bool(each.isfinite().all()) for each in one.values())
 
 
 def test_weights_are_checked_before_anything_is_allocated(tmp_path: Path) -> None:
+    from mini_infer_engine.build import build_engine
+
     folder = tmp_path / "model"
     shutil.copytree(bundled_model("demo"), folder)
     config = json.loads((folder / "config.json").read_text())

@@ -43,6 +43,9 @@ def entry(dtype: object, shape: object, begin: object, end: object) -> dict[str,
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+ENTRY = json.dumps(entry("F32", [1], 0, 4)).encode()
+
+
 def refusal(folder: Path) -> str:
     with pytest.raises(ModelFolderError) as caught:
         read_headers(folder)
@@ -57,15 +60,17 @@ def test_reads_headers_in_the_order_of_bytes(tmp_path: Path) -> None:
         "first": entry("BF16", [3, 1], 0, 6),
     }
     write_header(tmp_path, header, b"\0" * 14)
-    (found,) = read_headers(tmp_path).values()
-    assert list(found) == ["first", "empty", "later"]
-    assert found["first"] == StoredTensor(dtype="BF16", shape=(3, 1), data_offsets=(0, 6))
-    assert found["later"].num_bytes == 8
+    (file,) = read_headers(tmp_path)
+    assert file.path == tmp_path / "model.safetensors"
+    assert file.data_start == file.path.stat().st_size - 14
+    assert list(file.tensors) == ["first", "empty", "later"]
+    assert file.tensors["first"] == StoredTensor("BF16", (3, 1), (0, 6))
+    assert file.tensors["later"].num_bytes == 8
 
 
 def test_reads_each_shard(tmp_path: Path) -> None:
     found = read_headers(write_sharded(tmp_path))
-    assert {path.name: list(header) for path, header in found.items()} == {
+    assert {file.path.name: list(file.tensors) for file in found} == {
         SHARDS[0]: ["a"],
         SHARDS[1]: ["b"],
     }
@@ -93,6 +98,7 @@ def test_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         ({"a": entry("F32", [-1], 0, 4)}, "header is not valid"),
         ({"a": entry("F32", [True], 0, 4)}, "header is not valid"),
         ({"a": entry("F32", [1.0], 0, 4)}, "header is not valid"),
+        (b'{"a": {"dtype": "F32", "shape": [-0], "data_offsets": [0, 0]}}', "got -0"),
         ({"a": entry("F32", [1] * 9, 0, 4)}, "header is not valid"),
         ({"a": entry("F32", [1], -4, 0)}, "header is not valid"),
         ({"a": entry("F32", "1", 0, 4)}, "header is not valid"),
@@ -100,7 +106,18 @@ def test_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
         ({"a": entry("F4_X", [1], 0, 4)}, "unknown type 'F4_X'"),
         ({"a": entry("F32", [2], 0, 4)}, "needs 8 bytes, its range has 4"),
         ({"a": entry("F32", [2**62, 4], 0, 0)}, "its range has 0"),
-        ({"a": entry("F32", [2**64 - 1, 2**64 - 1], 0, 4)}, "its range has 4"),
+        ({"a": entry("F32", [2**63 - 1] * 8, 0, 4)}, "its range has 4"),
+        ({"a": entry("F32", [2**63], 0, 4)}, "header is not valid"),
+        ({"a": entry("F32", [10**4000], 0, 4)}, "expected integers from 0 to"),
+        (b'{"a": ' + b"9" * 10_000_000 + b"}", "expected integers from 0 to"),
+        ({"a": entry("F32", [float("nan")], 0, 4)}, "NaN is not JSON"),
+        ({"a": entry("F32", [1], 0, float("inf"))}, "Infinity is not JSON"),
+        ({"a": entry("F32", [1], 0, 4), "__metadata__": {"format": 3}}, "header is not valid"),
+        ({"a": entry("F32", [1], 0, 4), "__metadata__": None}, "header is not valid"),
+        (b'{"a": ' + ENTRY + b', "a": ' + ENTRY + b"}", "a name stands there twice"),
+        (b'{"a": ' + ENTRY[:-1] + b', "dtype": "F16"}}', "a name stands there twice"),
+        (b"\xef\xbb\xbf" + b'{"a": ' + ENTRY + b"}", "header is not valid"),
+        (('{"a": ' + ENTRY.decode() + "}").encode("utf-16"), "header is not valid"),
         ({"a": entry("F32", [1], 4, 0)}, "its range has -4"),
         ({"a": entry("F32", [1], 4, 8)}, "overlap or leave a hole"),
         ({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)}, "overlap"),

@@ -13,6 +13,7 @@ from gateway.harness import (
     RunningGateway,
     StartGateway,
     scripted_engine_process,
+    talkative_model,
     tokenizer_process,
 )
 from gateway.stand_ins import StandInEngine, StandInTokenizer
@@ -43,6 +44,16 @@ def tokenizer_address(shared_folder: Path) -> Iterator[str]:
     process.start()
     yield process.address
     process.kill(signal.SIGTERM)
+
+
+@pytest.fixture(scope="session")
+def talkative_tokenizer() -> Iterator[str]:
+    """A real tokenizer process whose chat templates write out what they are given."""
+    with tempfile.TemporaryDirectory(prefix="mi-") as path:
+        process = tokenizer_process(Path(path), talkative_model(Path(path)))
+        process.start()
+        yield process.address
+        process.kill(signal.SIGTERM)
 
 
 @pytest.fixture(scope="session")

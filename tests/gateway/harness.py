@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,18 @@ from mini_infer.config import bundled_model
 from mini_infer.messages import Submit
 from mini_infer_engine.scripted import ordinary_token_ids, scripted_token
 from mini_infer_gateway.server import Gateway
+from tokenizer.chat_escapes import ESCAPES
 
+# Names of templates in `tokenizer.chat_escapes`, which `talkative_model` has as well.
+BOMBS = (
+    "class of a text",
+    "append",
+    "nested loops",
+    "repeated text",
+    "endless output",
+)
+_EVERYTHING = """{{ {'messages': messages, 'tools': tools, 'documents': documents,
+'opened': add_generation_prompt, 'mood': mood | default('none')} | tojson }}"""
 ORDINARY_IDS = ordinary_token_ids(bundled_model("demo"))
 
 
@@ -60,8 +72,23 @@ class RunningGateway:
 StartGateway = Callable[..., Awaitable[RunningGateway]]
 
 
-def tokenizer_process(folder: Path) -> Process:
-    return _process("mini_infer_tokenizer", f"ipc://{folder}/tokenizer")
+def talkative_model(folder: Path) -> Path:
+    """A folder with the demo's tokenizer, and templates that write out what they are given."""
+    demo, model = bundled_model("demo"), folder / "model"
+    named = model / "additional_chat_templates"
+    named.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo / name, model)
+    (model / "chat_template.jinja").write_text(_EVERYTHING)
+    (named / "tool_use.jinja").write_text("TOOLS {{ tools | tojson }}")
+    (named / "plain.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    for name in BOMBS:
+        (named / f"{name}.jinja").write_text(ESCAPES[name])
+    return model
+
+
+def tokenizer_process(folder: Path, model: Path | None = None) -> Process:
+    return _process("mini_infer_tokenizer", f"ipc://{folder}/tokenizer", model=model)
 
 
 def scripted_engine_process(folder: Path, name: str, **options: float) -> Process:
@@ -70,11 +97,9 @@ def scripted_engine_process(folder: Path, name: str, **options: float) -> Proces
     return _process("mini_infer_engine.scripted", address, *flags)
 
 
-def _process(module: str, address: str, *flags: str) -> Process:
-    model = str(bundled_model("demo"))
-    return Process(
-        address, [sys.executable, "-m", module, "--model", model, "--address", address, *flags]
-    )
+def _process(module: str, address: str, *flags: str, model: Path | None = None) -> Process:
+    arguments = ["--model", str(model or bundled_model("demo")), "--address", address, *flags]
+    return Process(address, [sys.executable, "-m", module, *arguments])
 
 
 def failure(task: asyncio.Task[Any]) -> RequestFailed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +11,11 @@ from typing import Any, TypeVar
 import pytest
 from gateway.harness import RunningGateway, StartGateway
 from gateway.stand_ins import ENGINE_WELCOME, StandInEngine
+from google.protobuf.struct_pb2 import Struct
 from mini_infer.client import RequestFailed
 from mini_infer.messages import Abort, FinishCode, Submit
+from mini_infer.v1 import generate_pb2 as pb2
+from mini_infer.v1 import inference_service_pb2 as service_pb2
 from mini_infer_gateway.validation import SUPPORTED_FIELDS
 
 _Test = TypeVar("_Test", bound=Callable[..., Any])
@@ -90,6 +94,57 @@ async def test_chat_prompt(served: RunningGateway, engine: StandInEngine) -> Non
     assert encoded[0][: len(without)] == without != encoded[0]
     submit = await submitted(served, engine, prompts[0], add_generation_prompt=False)
     assert submit.prompt_ids == without
+
+
+@exercises("Chat.tools", "Chat.tools_json", "Chat.documents_json", "Chat.template_kwargs")
+@exercises("Chat.chat_template", "Chat.continue_final_message")
+@exercises("ChatMessage.name", "ChatMessage.tool_call_id", "ChatMessage.reasoning_content")
+@exercises("ChatMessage.tool_calls", "ToolCall.id", "ToolCall.function_name")
+@exercises("ToolCall.arguments_json", "ToolCall.arguments_text")
+async def test_chat_fields_reach_the_template(
+    folder: Path, engine: StandInEngine, talkative_tokenizer: str, start_gateway: StartGateway
+) -> None:
+    """Field by field; `test_chats.py` says what becomes of the whole."""
+    served = await start_gateway(f"ipc://{folder}/engine", talkative_tokenizer)
+    said = pb2.ChatMessage(role="user", content=[pb2.ContentPart(text="Hi")])
+
+    async def prompt_of(chat: pb2.Chat, *messages: pb2.ChatMessage) -> str:
+        chat.messages.extend(messages or [said])
+        tokenized = await served.client._stub.Tokenize(service_pb2.TokenizeRequest(chat=chat))
+        return await served.client.detokenize(tokenized.token_ids, skip_special_tokens=False)
+
+    tool = Struct()
+    tool.update({"size": 3})
+    kwargs = Struct()
+    kwargs.update({"mood": "glad"})
+    assert await prompt_of(pb2.Chat(tools=[tool])) == 'TOOLS [{"size": 3}]'
+    assert await prompt_of(pb2.Chat(tools_json=['{"b":1,"a":2}'])) == 'TOOLS [{"b": 1, "a": 2}]'
+    assert '[{"text": "x"}]' in await prompt_of(pb2.Chat(documents_json=['{"text":"x"}']))
+    assert '"mood": "glad"' in await prompt_of(pb2.Chat(template_kwargs=kwargs))
+    assert await prompt_of(pb2.Chat(chat_template="plain")) == "[Hi]"
+    plain = pb2.Chat(chat_template="plain", continue_final_message=True)
+    assert await prompt_of(plain) == "[Hi"
+    submit = await submitted(served, engine, [{"role": "user", "content": "Hi"}], tools=[{"a": 1}])
+    prompt = await served.client.detokenize(submit.prompt_ids, skip_special_tokens=False)
+    assert prompt == 'TOOLS [{"a": 1}]'
+
+    calls = [
+        pb2.ToolCall(id="1", function_name="f", arguments_json='{"a":1}'),
+        pb2.ToolCall(function_name="g", arguments_text="{}"),
+        pb2.ToolCall(function_name="h"),
+    ]
+    message = pb2.ChatMessage(
+        role="assistant", name="Ann", tool_calls=calls, tool_call_id="2", reasoning_content="Hm."
+    )
+    (seen,) = json.loads(await prompt_of(pb2.Chat(), message))["messages"]
+    assert (seen["name"], seen["tool_call_id"], seen["reasoning_content"]) == ("Ann", "2", "Hm.")
+    assert "content" not in seen
+    assert [call.get("id") for call in seen["tool_calls"]] == ["1", None, None]
+    assert [call["function"] for call in seen["tool_calls"]] == [
+        {"name": "f", "arguments": {"a": 1}},
+        {"name": "g", "arguments": "{}"},
+        {"name": "h", "arguments": {}},
+    ]
 
 
 @exercises("GenerateRequest.model")

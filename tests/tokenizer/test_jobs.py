@@ -4,6 +4,7 @@ import select
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from mini_infer.config import bundled_model
@@ -16,9 +17,10 @@ from mini_infer.messages import (
     EncodeText,
     JobRefused,
     WireChatMessage,
+    WireToolCall,
 )
 from mini_infer_tokenizer import jobs
-from mini_infer_tokenizer.chat import ChatTemplate, load_chat_template
+from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.encode import TextTokenizer
 from mini_infer_tokenizer.jobs import (
     LARGE_JOB_CHARACTERS,
@@ -27,6 +29,7 @@ from mini_infer_tokenizer.jobs import (
     Job,
     JobPool,
     JobWorker,
+    Result,
 )
 
 DEMO = bundled_model("demo")
@@ -40,8 +43,15 @@ def demo() -> TextTokenizer:
 
 
 @pytest.fixture(scope="module")
-def worker(demo: TextTokenizer) -> JobWorker:
-    return JobWorker(demo, load_chat_template(DEMO, demo.special_tokens))
+def templates(demo: TextTokenizer) -> Iterator[ChatTemplates]:
+    templates = ChatTemplates(DEMO, demo.special_tokens)
+    yield templates
+    templates.close()
+
+
+@pytest.fixture(scope="module")
+def worker(demo: TextTokenizer, templates: ChatTemplates) -> JobWorker:
+    return JobWorker(demo, templates)
 
 
 class TestWorker:
@@ -49,11 +59,9 @@ class TestWorker:
         ids = demo.encode("Once upon a time", add_special_tokens=True)
         assert worker.do(EncodeText(1, "Once upon a time", True)) == Encoded(1, ids)
 
-    def test_encodes_a_chat_without_a_second_bos(
-        self, worker: JobWorker, demo: TextTokenizer
-    ) -> None:
+    def test_a_chat_becomes_a_text_without_a_second_bos(self, worker: JobWorker) -> None:
         text = "<|bos|><|user|>Hello.<|end|><|assistant|>"
-        assert worker.do(CHAT) == Encoded(3, demo.encode(text, add_special_tokens=False))
+        assert worker.do(CHAT) == EncodeText(3, text, add_special_tokens=False)
 
     def test_decodes(self, worker: JobWorker, demo: TextTokenizer) -> None:
         ids = demo.encode("a fox", add_special_tokens=True)
@@ -65,8 +73,8 @@ class TestWorker:
         assert (answer.job, answer.reason) == (4, ErrorReason.CHAT_TEMPLATE_FAILED)
         assert "got wizard" in answer.message
 
-    def test_refuses_chats_without_a_template(self, demo: TextTokenizer) -> None:
-        answer = JobWorker(demo, None).do(CHAT)
+    def test_refuses_chats_without_a_template(self, demo: TextTokenizer, tmp_path: Path) -> None:
+        answer = JobWorker(demo, ChatTemplates(tmp_path, {})).do(CHAT)
         assert isinstance(answer, JobRefused)
         assert answer.reason is ErrorReason.CHAT_TEMPLATE_FAILED
         assert "no chat template" in answer.message
@@ -76,15 +84,10 @@ class TestWorker:
         assert isinstance(answer, JobRefused)
         assert answer.reason is ErrorReason.INVALID_FIELD
 
-    def test_a_surprise_fails_the_job_alone(
-        self, demo: TextTokenizer, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def fail(*_: object) -> None:
-            raise RuntimeError("words of the prompt")
-
-        template = ChatTemplate("", {})
-        monkeypatch.setattr(template, "render", fail)
-        answer = JobWorker(demo, template).do(CHAT)
+    def test_a_surprise_fails_the_job_alone(self, demo: TextTokenizer) -> None:
+        templates = ChatTemplates(DEMO, {})
+        templates.close()
+        answer = JobWorker(demo, templates).do(CHAT)
         assert answer == JobRefused(3, ErrorReason.INTERNAL_ERROR, "the tokenizer failed")
 
     def test_refuses_an_answer_that_would_not_fit_the_link(
@@ -105,14 +108,18 @@ class TestPool:
 
     @pytest.fixture
     def pool(self, gate: threading.Event) -> Iterator[JobPool]:
-        """Its large jobs and long decodes wait for the gate."""
+        """Its large jobs, long decodes and chats of a sloth wait for the gate."""
 
-        def do(job: Job) -> Answer:
-            if isinstance(job, Decode) or len(getattr(job, "text", "")) > 100:
+        def do(job: Job) -> Result:
+            if isinstance(job, EncodeChat):
+                if job.messages[0].role == "sloth":
+                    gate.wait()
+                return EncodeText(job.job, job.messages[0].content or "", False)
+            if isinstance(job, Decode) or len(job.text) > 100:
                 gate.wait()
             return Encoded(job.job, [])
 
-        pool = JobPool(do, num_threads=2)
+        pool = JobPool(do, num_threads=2, num_chat_threads=2)
         yield pool
         gate.set()
         pool.close()
@@ -135,6 +142,72 @@ class TestPool:
         gate.set()
         assert self.take(pool, 2) == [(b"a", Encoded(1, [])), (b"a", Encoded(2, []))]
         assert pool.take() == []
+
+    def test_slow_templates_delay_only_chats(self, pool: JobPool, gate: threading.Event) -> None:
+        slow = [WireChatMessage("sloth", "hello")]
+        for number in (1, 2):
+            pool.submit(b"a", EncodeChat(number, slow, True))
+        pool.submit(b"b", EncodeChat(3, [WireChatMessage("user", "hello")], True))
+        pool.submit(b"b", EncodeText(4, "hello", False))
+        assert self.take(pool, 1) == [(b"b", Encoded(4, []))]
+        gate.set()
+        assert {answer.job for _, answer in self.take(pool, 3)} == {1, 2, 3}
+
+    def test_a_chat_is_encoded_in_the_size_class_of_its_text(
+        self, pool: JobPool, gate: threading.Event
+    ) -> None:
+        short, long = WireChatMessage("user", "hello"), WireChatMessage("user", LARGE.text)
+        pool.submit(b"a", EncodeChat(1, [long], True))
+        # The chat is large by its tools, its text is not.
+        pool.submit(b"a", EncodeChat(2, [short], True, tools=["x" * LARGE_JOB_CHARACTERS]))
+        pool.submit(b"a", EncodeChat(3, [short], True))
+        answers = {answer.job for _, answer in self.take(pool, 2)}
+        gate.set()
+        assert answers == {2, 3}
+        assert self.take(pool, 1) == [(b"a", Encoded(1, []))]
+
+    def test_a_chat_that_is_cancelled_is_not_encoded(
+        self, pool: JobPool, gate: threading.Event
+    ) -> None:
+        for number in (1, 2):
+            pool.submit(b"a", EncodeChat(number, [WireChatMessage("sloth", "hello")], True))
+        pool.cancel(b"a", [1])
+        gate.set()
+        assert self.take(pool, 1) == [(b"a", Encoded(2, []))]
+        assert pool.take() == []
+
+    @pytest.mark.parametrize(
+        "chat",
+        [
+            EncodeChat(1, [WireChatMessage("sloth", "x" * MAX_LARGE_CHARACTERS)], True),
+            EncodeChat(1, [WireChatMessage("sloth", "")], True, ["x" * MAX_LARGE_CHARACTERS]),
+            EncodeChat(1, [WireChatMessage("sloth", "")], True, [], ["x" * MAX_LARGE_CHARACTERS]),
+            EncodeChat(
+                1,
+                [
+                    WireChatMessage(
+                        "sloth",
+                        None,
+                        tool_calls=[WireToolCall("f", "x" * (MAX_LARGE_CHARACTERS - 1), True)],
+                    )
+                ],
+                True,
+            ),
+        ],
+        ids=["content", "tools", "documents", "arguments"],
+    )
+    def test_all_that_a_chat_holds_counts(
+        self, pool: JobPool, gate: threading.Event, chat: EncodeChat
+    ) -> None:
+        pool.submit(b"a", chat)
+        pool.submit(b"b", LARGE)
+        ((gateway, refused),) = self.take(pool, 1)
+        assert isinstance(refused, JobRefused)
+        assert (gateway, refused.reason) == (b"b", ErrorReason.QUEUE_FULL)
+        gate.set()
+        self.take(pool, 1)
+        pool.submit(b"b", LARGE)
+        assert self.take(pool, 1) == [(b"b", Encoded(1, []))]
 
     def test_a_short_decode_does_not_wait_for_a_thread(
         self, pool: JobPool, gate: threading.Event

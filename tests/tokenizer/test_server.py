@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import zmq
 from mini_infer.channel import connect_dealer
@@ -321,14 +322,32 @@ def test_a_signal_ends_it_cleanly(tmp_path: Path, signal_number: signal.Signals)
     assert server.log()[-1]["event"] == "stopped"
 
 
+def test_no_template_process_outlives_it(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path)
+    gateway = Gateway(server.address, "gateway")
+    gateway.greet()
+    children = psutil.Process(server.process.pid).children()
+    assert len(children) == 2
+    server.process.kill()
+    server.process.wait()
+    gateway.close()
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
 def test_what_it_cannot_start_with_is_one_sentence(tmp_path: Path) -> None:
     os.chmod(tmp_path, 0o700)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (broken / "chat_template.jinja").write_text("{% if %}")
     command = [sys.executable, "-m", "mini_infer_tokenizer"]
     address = ["--address", f"ipc://{tmp_path}/tokenizer"]
     for arguments in (
         [*address, "--model", str(tmp_path / "nowhere")],
         ["--address", "tcp://127.0.0.1:7000"],
         [*address, "--num-encode-threads", "0"],
+        [*address, "--num-template-processes", "0"],
+        [*address, "--model", str(broken)],
     ):
         result = subprocess.run(
             [*command, *arguments], capture_output=True, text=True, timeout=30, check=False

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mini_infer.chats import ChatMessage, ChatOptions
 from mini_infer.client_wire import (
     DEFAULT_ADDRESS,
     READINESS,
     READINESS_POLL_S,
-    ChatMessage,
     Chunk,
     GenerateOptions,
     GenerationProgress,
@@ -129,11 +129,11 @@ class AsyncClient:
         source: str | Sequence[ChatMessage],
         *,
         add_special_tokens: bool | None = None,
-        add_generation_prompt: bool | None = None,
         timeout: float | None = None,
+        **chat_options: Unpack[ChatOptions],
     ) -> list[int]:
         """The token ids of a text or a conversation."""
-        request = tokenize_request(source, add_special_tokens, add_generation_prompt)
+        request = tokenize_request(source, add_special_tokens, chat_options)
         return list((await _answer(self._stub.Tokenize(request, timeout=timeout))).token_ids)
 
     async def detokenize(

@@ -18,11 +18,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mini_infer.async_client import AsyncClient, AsyncGenerationStream
+from mini_infer.chats import ChatMessage, ChatOptions
 from mini_infer.client_wire import (
     DEFAULT_ADDRESS,
     READINESS,
     READINESS_POLL_S,
-    ChatMessage,
     Chunk,
     GenerateOptions,
     GenerationProgress,
@@ -126,7 +126,7 @@ class Client:
         """Continues a prompt.
 
         Args:
-            prompt: Text, token ids, or a conversation of {"role": ..., "content": ...}.
+            prompt: Text, token ids, or a conversation (`mini_infer.chats.ChatMessage`).
             timeout: Seconds until the request is given up, also by the server.
             options: See `GenerateOptions`.
 
@@ -142,15 +142,15 @@ class Client:
         source: str | Sequence[ChatMessage],
         *,
         add_special_tokens: bool | None = None,
-        add_generation_prompt: bool | None = None,
         timeout: float | None = None,
+        **chat_options: Unpack[ChatOptions],
     ) -> list[int]:
         """The token ids of a text or a conversation.
 
         Raises:
             RequestFailed: As the server says.
         """
-        request = tokenize_request(source, add_special_tokens, add_generation_prompt)
+        request = tokenize_request(source, add_special_tokens, chat_options)
         return list(self._call(self._stub.Tokenize, request, timeout).token_ids)
 
     def detokenize(

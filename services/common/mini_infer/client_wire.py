@@ -8,21 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, cast
 
 import grpc
-from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from grpc_status import rpc_status
 
+from mini_infer.chats import ChatMessage, ChatOptions
 from mini_infer.config import DEFAULT_PORT
-from mini_infer.errors import ErrorReason, FieldViolation, InvalidRequestError, MiniInferError
+from mini_infer.errors import ErrorReason, FieldViolation, MiniInferError
 from mini_infer.messages import FinishAccounting
+from mini_infer.request_writer import RequestWriter
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
-ChatMessage = Mapping[str, str]
-"""A turn of a conversation: {"role": "user", "content": "Hello"}."""
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
 """Text, token ids, or a conversation."""
 
@@ -32,6 +31,7 @@ READINESS = health_pb2.HealthCheckRequest(service="readiness")
 READINESS_POLL_S = 0.05
 
 _REQUEST_FIELDS = frozenset({"model", "request_id", "add_special_tokens"})
+_CHAT_OPTIONS = frozenset(ChatOptions.__annotations__)
 _SAMPLING_FIELDS = frozenset({"temperature", "top_k", "top_p", "seed"})
 _STOPPING_FIELDS = frozenset({"max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"})
 _OUTPUT_FIELDS = frozenset(
@@ -45,16 +45,16 @@ _FINISH_REASONS = {
 _REASONS_OF_CODES = {grpc.StatusCode.DEADLINE_EXCEEDED: ErrorReason.DEADLINE}
 
 
-class GenerateOptions(TypedDict, total=False):
+class GenerateOptions(ChatOptions, total=False):
     """Options of `generate`; an absent one takes the server's or the model's default.
 
-    The fields of the same names in `proto/mini_infer/v1/generate.proto` say what they mean.
+    The fields of the same names in `proto/mini_infer/v1/generate.proto` say what they mean, and
+    `ChatOptions` those that conversations alone have.
     """
 
     model: str
     request_id: str
     add_special_tokens: bool
-    add_generation_prompt: bool
     temperature: float
     top_k: int
     top_p: float
@@ -215,9 +215,9 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> generate_pb2.G
     given: dict[str, Any] = {**options}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
-    add_generation_prompt = given.pop("add_generation_prompt", None)
+    chat_options = cast(ChatOptions, _take(given, _CHAT_OPTIONS))
     request = generate_pb2.GenerateRequest()
-    writer = _Writer()
+    writer = RequestWriter()
     writer.write(request, "", _take(given, _REQUEST_FIELDS))
     writer.write(request.sampling, "sampling.", _take(given, _SAMPLING_FIELDS))
     writer.write(request.stopping, "stopping.", _take(given, _STOPPING_FIELDS))
@@ -227,10 +227,12 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> generate_pb2.G
     if isinstance(prompt, str):
         writer.write(request, "", {"text": prompt})
     elif prompt and isinstance(prompt[0], Mapping):
-        writer.write_chat(request.chat, prompt, add_generation_prompt)
+        writer.write_chat(request.chat, cast(Sequence[ChatMessage], prompt), chat_options)
+        chat_options = {}
     else:
         request.token_ids.SetInParent()
         writer.write(request.token_ids, "token_ids.", {"ids": prompt})
+    _refuse_without_chat(chat_options)
     writer.raise_violations()
     return request
 
@@ -238,20 +240,22 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> generate_pb2.G
 def tokenize_request(
     source: str | Sequence[ChatMessage],
     add_special_tokens: bool | None,
-    add_generation_prompt: bool | None,
+    chat_options: ChatOptions,
 ) -> inference_service_pb2.TokenizeRequest:
     """The message of a `tokenize` call.
 
     Raises:
+        TypeError: Where an option is not known.
         InvalidRequestError: With every value that its field cannot hold.
     """
     request = inference_service_pb2.TokenizeRequest()
-    writer = _Writer()
+    writer = RequestWriter()
     writer.write(request, "", {"add_special_tokens": add_special_tokens})
     if isinstance(source, str):
+        _refuse_without_chat(chat_options)
         writer.write(request, "", {"text": source})
     else:
-        writer.write_chat(request.chat, source, add_generation_prompt)
+        writer.write_chat(request.chat, source, chat_options)
     writer.raise_violations()
     return request
 
@@ -265,7 +269,7 @@ def detokenize_request(
         InvalidRequestError: With every value that its field cannot hold.
     """
     request = inference_service_pb2.DetokenizeRequest()
-    writer = _Writer()
+    writer = RequestWriter()
     fields = {"token_ids": token_ids, "skip_special_tokens": skip_special_tokens}
     writer.write(request, "", fields)
     writer.raise_violations()
@@ -340,36 +344,7 @@ def _take(given: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     return {name: given.pop(name) for name in names & given.keys()}
 
 
-class _Writer:
-    """Writes values into messages, and remembers those that their fields cannot hold."""
-
-    def __init__(self) -> None:
-        self._violations: list[FieldViolation] = []
-
-    def write(self, message: Message, path: str, fields: Mapping[str, Any]) -> None:
-        """Sets fields of a message at a path; None leaves a field absent."""
-        for name, value in fields.items():
-            try:
-                message.MergeFrom(type(message)(**{name: value}))
-            except (TypeError, ValueError) as error:
-                expected = f"expected what the field can hold, got another value: {error}"
-                self._violations.append(FieldViolation(path + name, expected))
-
-    def write_chat(
-        self, chat: generate_pb2.Chat, messages: Any, add_generation_prompt: bool | None
-    ) -> None:
-        """Writes a conversation."""
-        self.write(chat, "chat.", {"add_generation_prompt": add_generation_prompt})
-        chat.SetInParent()
-        for index, message in enumerate(messages):
-            path = f"chat.messages[{index}]."
-            written = chat.messages.add()
-            self.write(written, path, {"role": message.get("role")})
-            self.write(
-                written.content.add(), f"{path}content[0].", {"text": message.get("content")}
-            )
-
-    def raise_violations(self) -> None:
-        """Raises `InvalidRequestError` where a value could not be written."""
-        if self._violations:
-            raise InvalidRequestError(self._violations)
+def _refuse_without_chat(chat_options: ChatOptions) -> None:
+    if chat_options:
+        names = ", ".join(sorted(chat_options))
+        raise TypeError(f"options of conversations, given with another prompt: {names}")

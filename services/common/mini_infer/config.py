@@ -35,8 +35,11 @@ class EngineConfig:
     """An engine: the model, how much it may hold, and what it runs on.
 
     Attributes:
-        model: Model folder; empty means the demo model.
-        served_model_name: Name that clients may give; empty means the folder's name.
+        model: Model folder, or the id of a model on the Hugging Face Hub, such as org/name;
+            empty means the demo model.
+        revision: Branch, tag or commit of a Hub id; empty means the branch "main".
+        served_model_name: Name that clients may give; empty means the Hub id or the folder's
+            name.
         max_num_seqs: Sequences in a step at most.
         block_size: Tokens in a block of the KV cache.
         max_num_batched_tokens: Tokens computed in a step at most; a longer prompt takes several.
@@ -54,6 +57,7 @@ class EngineConfig:
     """
 
     model: str = ""
+    revision: str = ""
     served_model_name: str = ""
     max_num_seqs: int = 64
     block_size: int = 16
@@ -90,7 +94,10 @@ class EngineConfig:
 
     @property
     def model_folder(self) -> Path:
-        """The model folder, the demo model's where none is set."""
+        """The model folder, the demo model's where none is set.
+
+        Of a Hub id there is one only after `mini_infer.hub.with_local_model`.
+        """
         return _folder(self.model)
 
     @property
@@ -104,20 +111,32 @@ class TokenizerConfig:
     """A tokenizer process.
 
     Attributes:
-        model: Model folder; empty means the demo model.
+        model: Model folder, or the id of a model on the Hugging Face Hub, such as org/name;
+            empty means the demo model.
+        revision: Branch, tag or commit of a Hub id; empty means the branch "main".
         num_encode_threads: Threads that encode prompts beside the detokenizing loop.
+        num_template_processes: Processes that render chat templates.
     """
 
     model: str = ""
+    revision: str = ""
     num_encode_threads: int = 2
+    num_template_processes: int = 2
 
     def __post_init__(self) -> None:
         """Checks every value."""
-        _raise_if_any(_below("num_encode_threads", self.num_encode_threads, 1))
+        problems = [
+            *_below("num_encode_threads", self.num_encode_threads, 1),
+            *_below("num_template_processes", self.num_template_processes, 1),
+        ]
+        _raise_if_any(problems)
 
     @property
     def model_folder(self) -> Path:
-        """The model folder, the demo model's where none is set."""
+        """The model folder, the demo model's where none is set.
+
+        Of a Hub id there is one only after `mini_infer.hub.with_local_model`.
+        """
         return _folder(self.model)
 
 

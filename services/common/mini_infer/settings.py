@@ -114,6 +114,11 @@ def socket_folders() -> list[Path]:
     return list(dict.fromkeys(Path(each) for each in named if each.startswith("/")))
 
 
+def time_zone() -> str | None:
+    """The time zone that this user's processes shall keep, where one is named."""
+    return os.environ.get("TZ")
+
+
 def flag_name(name: str) -> str:
     """The command line's name of a setting."""
     return "--" + name.replace("_", "-")

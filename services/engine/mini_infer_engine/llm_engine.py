@@ -17,16 +17,17 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
+from mini_infer.chats import ChatMessage, ChatOptions, read_chat
 from mini_infer.config import EngineConfig
 from mini_infer.errors import (
-    ErrorReason,
     FieldViolation,
     InvalidRequestError,
     MiniInferError,
 )
+from mini_infer.hub import with_local_model
 from mini_infer.messages import FinishCode
 from mini_infer.sampling_params import MAX_SEED, SamplingParams
-from mini_infer_tokenizer.chat import load_chat_template
+from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.detokenize import NO_STOP, Detokenizer, TextStream
 from mini_infer_tokenizer.encode import TextTokenizer
 
@@ -102,21 +103,26 @@ class LLMEngine:
     """Generates text in this process, many prompts at a time. One thread at a time."""
 
     def __init__(
-        self, config: EngineConfig | None = None, *, on_progress: Progress | None = None
+        self,
+        config: EngineConfig | None = None,
+        *,
+        on_progress: Progress | None = None,
+        on_download: Progress | None = None,
     ) -> None:
         """Loads the model.
 
         Args:
             config: What to build; None is the demo model with all defaults.
             on_progress: Called with bytes loaded and bytes in all.
+            on_download: Called likewise, while the weights of a Hub id are downloaded.
 
         Raises:
             ConfigError: Where model folder or device cannot do what was asked.
         """
-        self.config = config or EngineConfig()
+        self.config = with_local_model(config or EngineConfig(), on_download)
         self._tokenizer = TextTokenizer(self.config.model_folder)
         self._detokenizer = Detokenizer(self._tokenizer)
-        self._chat_template = load_chat_template(
+        self._chat_templates = ChatTemplates(
             self.config.model_folder, self._tokenizer.special_tokens
         )
         self._loaded: Engine | None = build_engine(
@@ -169,39 +175,60 @@ class LLMEngine:
 
     def chat(
         self,
-        conversations: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        conversations: Sequence[ChatMessage] | Sequence[Sequence[ChatMessage]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
         **options: Any,
     ) -> list[GenerationOutput]:
-        """Answers conversations, all together.
+        """Answers conversations, all together; docs/chat.md tells how they become prompts.
 
         Args:
             conversations: One list of messages with "role" and "content", or several such lists.
             params: How to sample and when to stop: for all, or one for each conversation.
-            add_generation_prompt: Whether the prompt ends with the opening of the answer.
+            add_generation_prompt: Whether a prompt ends with the opening of the answer; None
+                means it does, unless the final message is continued.
+            continue_final_message: Whether a prompt ends with the content of its last message.
+            tools: JSON schemas of functions that the model may call.
+            documents: What the answers may rest on, such as {"title": ..., "text": ...}.
+            template_kwargs: More variables for the template, such as {"enable_thinking": False}.
+            chat_template: Name of the template, where the model has several.
             **options: Fields of `SamplingParams`, in place of `params`.
 
         Returns:
             An output per conversation, in their order.
 
         Raises:
-            MiniInferError: CHAT_TEMPLATE_FAILED, or as `generate`.
+            ModelFolderError: Where the model's chat templates cannot be compiled.
+            InvalidRequestError: Where a conversation or an option is of a wrong type.
+            MiniInferError: CHAT_TEMPLATE_FAILED where the template fails, INVALID_FIELD where it
+                does not take what it is given, or as `generate`.
         """
-        if self._chat_template is None:
-            message = f"{self.config.model_name} has no chat template: use generate with a text"
-            raise MiniInferError(ErrorReason.CHAT_TEMPLATE_FAILED, message)
         several: Any = conversations
         if conversations and isinstance(conversations[0], Mapping):
             several = [conversations]
-        rendered = [self._chat_template.render(each, add_generation_prompt) for each in several]
+        chat_options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
+            template_kwargs=template_kwargs,
+            chat_template=chat_template,
+        )
+        self._chat_templates.start()
+        rendered = [self._chat_templates.render(read_chat(each, chat_options)) for each in several]
         encoded = [self._tokenizer.encode(each, False) for each in rendered]
         return self._generate(encoded, _one_each(params, options, len(encoded)))
 
     def close(self) -> None:
         """Frees the model and its cache; the engine is not usable after. Once is enough."""
         self._loaded = None
+        self._chat_templates.close()
 
     def __enter__(self) -> LLMEngine:
         """The engine itself."""

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import structlog
 from mini_infer.config import EngineConfig
@@ -18,16 +20,25 @@ from mini_infer_engine.outbox import Outbox
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.served_model import ServedModel
 
+if TYPE_CHECKING:
+    from mini_infer_engine.loader import Progress
+
 log = structlog.get_logger("engine")
 
 
-def run(config: EngineConfig, address: str, on_ready: Callable[[], None] | None = None) -> None:
+def run(
+    config: EngineConfig,
+    address: str,
+    on_ready: Callable[[], None] | None = None,
+    loading: AbstractContextManager[Progress | None] | None = None,
+) -> None:
     """Serves gateways until SIGTERM or SIGINT.
 
     Args:
         config: The engine to build.
         address: Where to listen for gateways, `ipc://`.
         on_ready: Called once gateways are answered.
+        loading: Entered while the model is built; gives what takes the bytes loaded and in all.
 
     Raises:
         ConfigError: Where model, device or address cannot be used.
@@ -35,7 +46,8 @@ def run(config: EngineConfig, address: str, on_ready: Callable[[], None] | None 
     from mini_infer_engine.build import build_engine  # torch, not needed by the scripted engine
 
     # The gateway and the tokenizer need the cores as well.
-    engine = build_engine(config, small_model_threads=1)
+    with loading or nullcontext() as on_progress:
+        engine = build_engine(config, on_progress, small_model_threads=1)
     serve(
         engine.served,
         engine.pool,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mini_infer.messages import EncodeChat, EncodeText, WireChatMessage
+import msgspec
+from mini_infer.messages import EncodeChat, EncodeText
 from mini_infer.sampling_params import SamplingParams
 
 
@@ -27,19 +29,30 @@ class TextPrompt:
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation that the tokenizer renders and encodes.
+    """A conversation that the tokenizer renders and encodes."""
 
-    Attributes:
-        messages: Oldest first.
-        add_generation_prompt: Whether the text ends with the opening of the assistant's turn.
-    """
-
-    messages: tuple[WireChatMessage, ...]
-    add_generation_prompt: bool
+    chat: EncodeChat
 
     def as_job(self, job: int) -> EncodeChat:
         """The job that encodes it."""
-        return EncodeChat(job, list(self.messages), self.add_generation_prompt)
+        return msgspec.structs.replace(self.chat, job=job)
+
+    def texts(self) -> Iterator[str]:
+        """Every text that the client sent."""
+        for message in self.chat.messages:
+            yield message.role
+            for text in (
+                message.content,
+                message.name,
+                message.tool_call_id,
+                message.reasoning_content,
+            ):
+                yield text or ""
+            for call in message.tool_calls:
+                yield from (call.name, call.arguments, call.id or "")
+        yield from self.chat.tools
+        yield from self.chat.documents
+        yield from (self.chat.template_kwargs, self.chat.chat_template)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -23,6 +23,7 @@ from mini_infer.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
 from mini_infer_gateway import wire
+from mini_infer_gateway.chat_validation import chat_lists, chat_violations, size_violations
 from mini_infer_gateway.request import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
 from mini_infer_gateway.status import MAX_VIOLATIONS
 
@@ -40,8 +41,22 @@ SUPPORTED_FIELDS = frozenset(
         "TokenIds.ids",
         "Chat.messages",
         "Chat.add_generation_prompt",
+        "Chat.tools",
+        "Chat.template_kwargs",
+        "Chat.tools_json",
+        "Chat.documents_json",
+        "Chat.chat_template",
+        "Chat.continue_final_message",
         "ChatMessage.role",
         "ChatMessage.content",
+        "ChatMessage.name",
+        "ChatMessage.tool_calls",
+        "ChatMessage.tool_call_id",
+        "ChatMessage.reasoning_content",
+        "ToolCall.id",
+        "ToolCall.function_name",
+        "ToolCall.arguments_json",
+        "ToolCall.arguments_text",
         "ContentPart.text",
         "SamplingOptions.temperature",
         "SamplingOptions.top_k",
@@ -69,8 +84,6 @@ UNSUPPORTED_FIELDS = {
     "GenerateRequest.priority": ErrorReason.FIELD_NOT_SUPPORTED,
     "GenerateRequest.cache_salt": ErrorReason.FIELD_NOT_SUPPORTED,
     "GenerateRequest.structured_output": ErrorReason.FIELD_NOT_SUPPORTED,
-    "Chat.tools": ErrorReason.FIELD_NOT_SUPPORTED,
-    "Chat.template_kwargs": ErrorReason.FIELD_NOT_SUPPORTED,
     "ContentPart.image_url": ErrorReason.UNSUPPORTED_MODALITY,
     "ContentPart.audio_url": ErrorReason.UNSUPPORTED_MODALITY,
     "SamplingOptions.n": ErrorReason.FIELD_NOT_SUPPORTED,
@@ -80,12 +93,6 @@ UNSUPPORTED_FIELDS = {
 """A message type that stands here as a field is refused as a whole."""
 
 MAX_STREAM_INTERVAL = 1024
-MAX_MESSAGES = 4096
-"""Of a chat."""
-MAX_MESSAGE_PARTS = 64
-MAX_PARTS = 16_384
-"""Of all messages of a chat together."""
-MAX_ROLE_BYTES = 64
 MAX_DECODED_IDS = 2**20
 """Of a Detokenize call."""
 MAX_LISTED_TOKEN_IDS = 8
@@ -113,7 +120,7 @@ def check_generate(
     _check_lists(
         ("stopping.stop", len(stopping.stop), MAX_STOP_STRINGS, "strings"),
         ("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids"),
-        *_chat_lists(message.chat),
+        *chat_lists(message.chat),
     )
     params = wire.read_sampling_params(message)
     num_ids, max_model_len = len(message.token_ids.ids), model.max_model_len
@@ -154,16 +161,16 @@ def check_tokenize(
     Raises:
         InvalidRequestError: With every violation.
     """
-    _check_lists(*_chat_lists(message.chat))
+    _check_lists(*chat_lists(message.chat))
     source = wire.read_tokenize_input(message)
     violations = _unsupported_fields(message)
     match source:
         case None:
             violations.append(FieldViolation("input", "expected text or chat, got neither"))
         case TextPrompt():
-            violations += _size_violations("text", [source.text], max_prompt_bytes)
+            violations += size_violations("text", [source.text], max_prompt_bytes)
         case ChatPrompt():
-            violations += _chat_violations(source, message.chat, max_prompt_bytes)
+            violations += chat_violations(source, message.chat, max_prompt_bytes)
     if violations or source is None:
         raise InvalidRequestError(violations)
     return source
@@ -215,19 +222,6 @@ def _check_lists(*lists: tuple[str, int, int, str]) -> None:
         raise InvalidRequestError(too_long[:MAX_VIOLATIONS])
 
 
-def _chat_lists(chat: generate_pb2.Chat) -> list[tuple[str, int, int, str]]:
-    """The lists of a chat; those of its messages as far as there may be messages."""
-    num_parts = [len(each.content) for each in islice(chat.messages, MAX_MESSAGES)]
-    return [
-        ("chat.messages", len(chat.messages), MAX_MESSAGES, "messages"),
-        ("chat.messages", sum(num_parts), MAX_PARTS, "parts"),
-        *(
-            (f"chat.messages[{index}].content", length, MAX_MESSAGE_PARTS, "parts")
-            for index, length in enumerate(num_parts)
-        ),
-    ]
-
-
 def _unsupported_fields(message: Message) -> list[FieldViolation]:
     """The fields that are set and not supported, as far as they are told."""
     return list(islice(_walk(message, ""), MAX_VIOLATIONS))
@@ -239,13 +233,19 @@ def _walk(message: Message, prefix: str) -> Iterator[FieldViolation]:
         reason = UNSUPPORTED_FIELDS.get(f"{message.DESCRIPTOR.name}.{field.name}")
         if reason is not None:
             yield FieldViolation(path, "is not supported: leave it unset", reason)
-        elif field.type != FieldDescriptor.TYPE_MESSAGE:
+        elif field.type != FieldDescriptor.TYPE_MESSAGE or _is_well_known(field):
             continue
         elif isinstance(value, Message):
             yield from _walk(value, path + ".")
         else:
             for index, element in enumerate(value):
                 yield from _walk(element, f"{path}[{index}].")
+
+
+def _is_well_known(field: FieldDescriptor) -> bool:
+    """Whether a field holds a message of protobuf itself: a value, with no fields of ours."""
+    kind = field.message_type
+    return kind is not None and kind.file.package == "google.protobuf"
 
 
 def _prompt_violations(
@@ -260,23 +260,13 @@ def _prompt_violations(
         case TextPrompt(text=""):
             return [FieldViolation("text", "expected a text, got an empty one")]
         case TextPrompt(text=text):
-            return _size_violations("text", [text], max_prompt_bytes)
+            return size_violations("text", [text], max_prompt_bytes)
         case TokenPrompt(token_ids=[]):
             return [FieldViolation("token_ids.ids", "expected at least 1 id, got none")]
         case TokenPrompt(token_ids=token_ids):
             return _token_id_violations("token_ids.ids", token_ids, vocab_size)
         case ChatPrompt():
-            return _chat_violations(prompt, message.chat, max_prompt_bytes)
-
-
-def _size_violations(
-    field: str, texts: Iterable[str], max_prompt_bytes: int
-) -> list[FieldViolation]:
-    num_bytes = sum(len(text.encode()) for text in texts)
-    if num_bytes <= max_prompt_bytes:
-        return []
-    description = f"expected at most {max_prompt_bytes} bytes of UTF-8, got {num_bytes}"
-    return [FieldViolation(field, description, ErrorReason.PROMPT_TOO_LARGE)]
+            return chat_violations(prompt, message.chat, max_prompt_bytes)
 
 
 def _token_id_violations(
@@ -291,33 +281,6 @@ def _token_id_violations(
         )
         for index in islice(bad, MAX_LISTED_TOKEN_IDS)
     ]
-
-
-def _chat_violations(
-    prompt: ChatPrompt, chat: generate_pb2.Chat, max_prompt_bytes: int
-) -> list[FieldViolation]:
-    if not prompt.messages:
-        return [FieldViolation("chat.messages", "expected at least 1 message, got none")]
-    texts = (text for each in prompt.messages for text in (each.role, each.content))
-    return [
-        *_size_violations("chat", texts, max_prompt_bytes),
-        *islice(_message_violations(chat), MAX_VIOLATIONS),
-    ]
-
-
-def _message_violations(chat: generate_pb2.Chat) -> Iterator[FieldViolation]:
-    for index, message in enumerate(chat.messages):
-        field = f"chat.messages[{index}]"
-        num_role_bytes = len(message.role.encode())
-        if not 1 <= num_role_bytes <= MAX_ROLE_BYTES:
-            expected = f"expected 1 to {MAX_ROLE_BYTES} bytes of UTF-8, got {num_role_bytes}"
-            yield FieldViolation(f"{field}.role", expected)
-        if not message.content:
-            yield FieldViolation(f"{field}.content", "expected at least 1 part, got none")
-        for part_index, part in enumerate(message.content):
-            if part.WhichOneof("part") is None:
-                path = f"{field}.content[{part_index}]"
-                yield FieldViolation(path, "expected a text, got none")
 
 
 def _request_id_violations(request_id: str) -> list[FieldViolation]:

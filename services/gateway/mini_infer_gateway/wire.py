@@ -5,16 +5,28 @@ Reading never fails: what a message says is carried over, and `validation.py` ju
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from google.protobuf import struct_pb2
 from google.protobuf.message import Message
-from mini_infer.messages import EngineBeat, EngineWelcome, FinishAccounting, WireChatMessage
+from mini_infer.messages import (
+    EncodeChat,
+    EngineBeat,
+    EngineWelcome,
+    FinishAccounting,
+    WireChatMessage,
+    WireToolCall,
+)
 from mini_infer.sampling_params import SamplingParams
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
 from mini_infer_gateway.mailbox import Ending, EndReason
 from mini_infer_gateway.request import ChatPrompt, TextPrompt, TokenPrompt
+
+_MAX_EXACT_INTEGER = 2**53
 
 _FINISH_REASONS = {
     EndReason.STOP: generate_pb2.FINISH_REASON_STOP,
@@ -58,13 +70,72 @@ def read_tokenize_input(
 
 def read_chat(chat: generate_pb2.Chat) -> ChatPrompt:
     """A conversation; the texts of a message's parts are joined."""
+    continues = optional_field(chat, "continue_final_message", False)
     return ChatPrompt(
-        messages=tuple(
-            WireChatMessage(each.role, "".join(part.text for part in each.content))
-            for each in chat.messages
-        ),
-        add_generation_prompt=optional_field(chat, "add_generation_prompt", True),
+        EncodeChat(
+            job=0,
+            messages=[_read_message(each) for each in chat.messages],
+            add_generation_prompt=optional_field(chat, "add_generation_prompt", not continues),
+            tools=[*map(struct_as_json, chat.tools), *chat.tools_json],
+            documents=list(chat.documents_json),
+            template_kwargs=(
+                struct_as_json(chat.template_kwargs) if chat.template_kwargs.fields else ""
+            ),
+            chat_template=chat.chat_template,
+            continue_final_message=continues,
+        )
     )
+
+
+def _read_message(message: generate_pb2.ChatMessage) -> WireChatMessage:
+    return WireChatMessage(
+        role=message.role,
+        content="".join(part.text for part in message.content) if message.content else None,
+        name=optional_field(message, "name"),
+        tool_calls=[_read_tool_call(each) for each in message.tool_calls],
+        tool_call_id=optional_field(message, "tool_call_id"),
+        reasoning_content=optional_field(message, "reasoning_content"),
+    )
+
+
+def _read_tool_call(call: generate_pb2.ToolCall) -> WireToolCall:
+    is_text = call.WhichOneof("arguments") == "arguments_text"
+    has_json = call.WhichOneof("arguments") == "arguments_json"
+    arguments = call.arguments_text if is_text else call.arguments_json if has_json else "{}"
+    return WireToolCall(call.function_name, arguments, not is_text, optional_field(call, "id"))
+
+
+def struct_as_json(struct: struct_pb2.Struct) -> str:
+    """JSON of a Struct, with its keys in alphabetical order since it keeps none.
+
+    What JSON has no word for becomes NaN, which no reader of JSON takes.
+    """
+    return json.dumps(_plain_object(struct), ensure_ascii=False, sort_keys=True)
+
+
+def _plain_object(struct: struct_pb2.Struct) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in struct.fields.items()}
+
+
+def _plain(value: struct_pb2.Value) -> Any:
+    match value.WhichOneof("kind"):
+        case "struct_value":
+            return _plain_object(value.struct_value)
+        case "list_value":
+            return [_plain(each) for each in value.list_value.values]
+        case "number_value":
+            number = value.number_value
+            # A Struct has no integers; up to here a double means one and no other.
+            is_integer = abs(number) <= _MAX_EXACT_INTEGER and number.is_integer()
+            return int(number) if is_integer else number
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "null_value":
+            return None
+        case _:
+            return math.nan
 
 
 def read_sampling_params(message: generate_pb2.GenerateRequest) -> SamplingParams:

@@ -1,8 +1,9 @@
-"""Encode and decode jobs on threads, in two size classes.
+"""Encode and decode jobs on threads, in two size classes, and chats, which become texts first.
 
 The tokenizers library releases the interpreter lock while it encodes, so a prompt of a megabyte
 (about half a second) neither stops the loop that detokenizes nor, having a thread of its own,
-delays a short prompt. How much work waits is bounded, and what nobody waits for is not done.
+delays a short prompt. A chat template may take as long, so chats that wait for theirs have threads
+of their own as well. How much work waits is bounded, and what nobody waits for is not done.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from mini_infer.messages import (
     Encoded,
     EncodeText,
     JobRefused,
+    WireChatMessage,
     encode,
 )
 
-from mini_infer_tokenizer.chat import ChatTemplate
+from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.encode import TextTokenizer
 
 Job = EncodeText | EncodeChat | Decode
 Answer = Encoded | Decoded | JobRefused
+Result = Answer | EncodeText
+"""What a thread makes of a job: for a chat, the job of encoding its text."""
 
 LARGE_JOB_CHARACTERS = 16 * 1024
 """A job above it takes milliseconds, and waits only for others of its kind."""
@@ -48,14 +52,16 @@ _log = structlog.get_logger()
 class JobWorker:
     """Does one job at a time; safe to use from several threads."""
 
-    def __init__(self, tokenizer: TextTokenizer, chat_template: ChatTemplate | None) -> None:
-        """Takes what jobs need; without a chat template, chats are refused."""
+    def __init__(self, tokenizer: TextTokenizer, chat_templates: ChatTemplates) -> None:
+        """Takes what jobs need."""
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._chat_templates = chat_templates
 
-    def do(self, job: Job) -> Answer:
+    def do(self, job: Job) -> Result:
         """Does a job; whatever goes wrong is the answer, and ends this job alone."""
         try:
+            if isinstance(job, EncodeChat):
+                return EncodeText(job.job, self._chat_templates.render(job), False)
             answer = self._answer(job)
             num_bytes = len(encode(answer))
             if num_bytes > MAX_ANSWER_BYTES:
@@ -72,25 +78,14 @@ class JobWorker:
             _log.error("job failed", job=type(job).__name__, error=type(error).__name__)
             return JobRefused(job.job, ErrorReason.INTERNAL_ERROR, "the tokenizer failed")
 
-    def _answer(self, job: Job) -> Encoded | Decoded:
+    def _answer(self, job: EncodeText | Decode) -> Encoded | Decoded:
         match job:
             case EncodeText():
                 ids = self._tokenizer.encode(job.text, job.add_special_tokens)
                 return Encoded(job.job, ids)
-            case EncodeChat():
-                return Encoded(job.job, self._tokenizer.encode(self._render(job), False))
             case Decode():
                 text = self._tokenizer.decode(job.token_ids, job.skip_special_tokens)
                 return Decoded(job.job, text)
-
-    def _render(self, job: EncodeChat) -> str:
-        if self._chat_template is None:
-            raise MiniInferError(
-                ErrorReason.CHAT_TEMPLATE_FAILED,
-                "the model has no chat template: send the prompt as text",
-            )
-        messages = [{"role": each.role, "content": each.content} for each in job.messages]
-        return self._chat_template.render(messages, job.add_generation_prompt)
 
 
 @dataclass(slots=True, eq=False)
@@ -110,19 +105,23 @@ class JobPool:
     thread may call the other methods; the pool's own threads read tickets and put answers.
     """
 
-    def __init__(self, do: Callable[[Job], Answer], num_threads: int) -> None:
+    def __init__(
+        self, do: Callable[[Job], Result], num_threads: int, num_chat_threads: int
+    ) -> None:
         """Starts no thread before the first job.
 
         Args:
             do: Does a job; called on the threads.
             num_threads: One of them is for large jobs; small ones have at least one as well.
+            num_chat_threads: Of small chats, beside those; large ones are large jobs.
         """
         self._do = do
         self._small = ThreadPoolExecutor(max(1, num_threads - 1), "small-jobs")
         self._large = ThreadPoolExecutor(1, "large-jobs")
+        self._chats = ThreadPoolExecutor(num_chat_threads, "chats")
         self._tickets: defaultdict[bytes, dict[int, _Ticket]] = defaultdict(dict)
         self._num_large_characters = 0
-        self._answers: SimpleQueue[tuple[_Ticket, Answer]] = SimpleQueue()
+        self._results: SimpleQueue[tuple[_Ticket, Result]] = SimpleQueue()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
@@ -130,11 +129,15 @@ class JobPool:
     def submit(self, gateway: bytes, job: Job) -> None:
         """Queues a job of a gateway, or refuses it; a short decode is done at once."""
         ticket = self._tickets[gateway][job.job] = _Ticket(gateway, job.job, job)
+        self._queue(ticket, job)
+
+    def _queue(self, ticket: _Ticket, job: Job) -> None:
         num_characters = _num_characters(job)
         if isinstance(job, Decode) and len(job.token_ids) <= MAX_IDS_AT_ONCE:
             self._run(ticket)
         elif num_characters <= LARGE_JOB_CHARACTERS:
-            self._small.submit(self._run, ticket)
+            threads = self._chats if isinstance(job, EncodeChat) else self._small
+            threads.submit(self._run, ticket)
         elif self._num_large_characters + num_characters > MAX_LARGE_CHARACTERS:
             self._put(ticket, _queue_full(job))
         else:
@@ -163,12 +166,16 @@ class JobPool:
         answers: list[tuple[bytes, Answer]] = []
         while True:
             try:
-                ticket, answer = self._answers.get_nowait()
+                ticket, result = self._results.get_nowait()
             except Empty:
                 return answers
-            if ticket.job is not None:
+            if ticket.job is None:
+                continue
+            if isinstance(result, EncodeText):
+                self._go_on(ticket, result)
+            else:
                 self._close(ticket)
-                answers.append((ticket.gateway, answer))
+                answers.append((ticket.gateway, result))
 
     def wake(self) -> None:
         """Makes the pool readable; safe to call from a thread or a signal handler."""
@@ -183,7 +190,7 @@ class JobPool:
 
     def close(self) -> None:
         """Drops the jobs that have not begun and waits for those that run."""
-        for pool in (self._small, self._large):
+        for pool in (self._small, self._large, self._chats):
             pool.shutdown(cancel_futures=True)
         self._woken.close()
         self._waker.close()
@@ -193,9 +200,16 @@ class JobPool:
         if job is not None:
             self._put(ticket, self._do(job))
 
-    def _put(self, ticket: _Ticket, answer: Answer) -> None:
-        self._answers.put((ticket, answer))
+    def _put(self, ticket: _Ticket, result: Result) -> None:
+        self._results.put((ticket, result))
         self.wake()
+
+    def _go_on(self, ticket: _Ticket, job: Job) -> None:
+        """Gives a ticket its next job, in the size class of that one."""
+        self._num_large_characters -= ticket.num_large_characters
+        ticket.num_large_characters = 0
+        ticket.job = job
+        self._queue(ticket, job)
 
     def _close(self, ticket: _Ticket) -> None:
         """Ends a ticket, and gives the memory of its job back."""
@@ -215,6 +229,12 @@ def _num_characters(job: Job) -> int:
         case EncodeText():
             return len(job.text)
         case EncodeChat():
-            return sum(len(message.content) for message in job.messages)
+            values = (*job.tools, *job.documents, job.template_kwargs)
+            return sum(map(len, values)) + sum(map(_message_characters, job.messages))
         case Decode():
             return len(job.token_ids) * _CHARACTERS_PER_ID
+
+
+def _message_characters(message: WireChatMessage) -> int:
+    calls = sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+    return calls + len(message.content or "") + len(message.reasoning_content or "")

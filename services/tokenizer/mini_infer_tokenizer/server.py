@@ -39,7 +39,7 @@ from mini_infer.messages import (
     to_tokenizer_decoder,
 )
 
-from mini_infer_tokenizer.chat import load_chat_template
+from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.detokenize import Detokenizer
 from mini_infer_tokenizer.encode import TextTokenizer
 from mini_infer_tokenizer.jobs import JobPool, JobWorker
@@ -63,18 +63,22 @@ def run(config: TokenizerConfig, address: str, on_ready: Callable[[], None] | No
         ConfigError: Where the model folder or the address cannot be used.
     """
     tokenizer = TextTokenizer(config.model_folder)
-    chat_template = load_chat_template(config.model_folder, tokenizer.special_tokens)
+    chat_templates = ChatTemplates(
+        config.model_folder, tokenizer.special_tokens, config.num_template_processes
+    )
     detokenizer = Detokenizer(tokenizer)
     welcome = TokenizerWelcome(
         protocol_version=PROTOCOL_VERSION,
         tokenizer_id=f"tokenizer-{os.getpid()}-{time.time_ns()}",
         tokenizer_hash=tokenizer.tokenizer_hash,
         vocab_size=tokenizer.vocab_size,
-        has_chat_template=chat_template is not None,
+        has_chat_template=bool(chat_templates.names),
     )
-    jobs = JobPool(JobWorker(tokenizer, chat_template).do, config.num_encode_threads)
+    worker = JobWorker(tokenizer, chat_templates)
+    jobs = JobPool(worker.do, config.num_encode_threads, config.num_template_processes)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
+        chat_templates.start()
         server = TokenizerServer(bind_router(context, address), welcome, detokenizer, jobs)
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signal_number, lambda *_: server.stop())
@@ -86,6 +90,7 @@ def run(config: TokenizerConfig, address: str, on_ready: Callable[[], None] | No
     finally:
         context.destroy(linger=0)
         jobs.close()
+        chat_templates.close()
 
 
 @dataclass(slots=True)

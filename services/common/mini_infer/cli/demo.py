@@ -43,7 +43,7 @@ def demo(
 @contextmanager
 def _server() -> Iterator[str]:
     """A server on a free port, with its address; its log is shown only where it fails."""
-    arguments = ["--port=0", "--model=", "--log-level=warning"]
+    arguments = ["--port=0", "--model=", "--revision=", "--log-level=warning"]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as log,
         subprocess.Popen(

@@ -11,7 +11,6 @@ import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
 import typer
 
@@ -74,7 +73,7 @@ def _findings(engine: EngineConfig, gateway: GatewayConfig) -> Iterator[Finding]
     if importlib.util.find_spec("torch"):
         yield _device(engine.device)
     yield _triton()
-    yield _model(engine.model_folder)
+    yield _model(engine)
     yield _port(gateway)
     yield _file_descriptors(gateway)
     yield _run_folder()
@@ -119,7 +118,19 @@ def _triton() -> Finding:
         )
 
 
-def _model(folder: Path) -> Finding:
+def _model(config: EngineConfig) -> Finding:
+    from mini_infer.hub import cached_model, is_hub_id
+
+    folder = config.model_folder
+    if is_hub_id(config.model):
+        cached = cached_model(config.model, config.revision)
+        if cached is None:
+            remedy = "it is downloaded when the server starts"
+            return Finding("model", State.OPTIONAL, f"{config.model} is not here yet", remedy)
+        folder = cached
+    elif config.revision:
+        detail = f"revision {config.revision} of a folder"
+        return Finding("model", State.MISSING, detail, "pass a Hub id as --model, or no --revision")
     lacking = [name for name in _MODEL_FILES if not os.access(folder / name, os.R_OK)]
     if not any(os.access(path, os.R_OK) for path in folder.glob("*.safetensors")):
         lacking.append("*.safetensors")

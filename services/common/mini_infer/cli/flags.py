@@ -20,7 +20,10 @@ from mini_infer.cli.options import field_options, option, take_given, with_optio
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from mini_infer.config import EngineConfig, TokenizerConfig
+
 ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+ModelConfigT = TypeVar("ModelConfigT", "EngineConfig", "TokenizerConfig")
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -50,6 +53,15 @@ class Flags:
         from mini_infer.settings import load
 
         return load(config_class, self._of(config_class), self.config_file).config
+
+    def load_local(self, config_class: type[ModelConfigT]) -> ModelConfigT:
+        """As `load`; a model that is named by its Hub id is downloaded and becomes a folder."""
+        from mini_infer.cli.progress import byte_progress
+        from mini_infer.hub import with_local_model
+
+        config = self.load(config_class)
+        with byte_progress(f"Downloading {config.model}") as on_progress:
+            return with_local_model(config, on_progress)
 
     def describe(
         self, config_classes: Iterable[type[DataclassInstance]], names: Collection[str]

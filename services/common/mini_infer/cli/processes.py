@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mini_infer.cli.flags import Flags, takes_settings
+from mini_infer.cli.progress import byte_progress
 from mini_infer.config import EngineConfig, GatewayConfig, TokenizerConfig
 
 Address = Annotated[
@@ -33,7 +34,7 @@ def gateway(flags: Flags) -> None:
 @takes_settings(TokenizerConfig)
 def tokenizer(flags: Flags, address: Address) -> None:
     """Run a tokenizer process: it turns text into token ids and back."""
-    config = flags.load(TokenizerConfig)
+    config = flags.load_local(TokenizerConfig)
     from mini_infer_tokenizer.server import run
 
     run(config, address, lambda: typer.echo("The tokenizer is ready"))
@@ -42,7 +43,8 @@ def tokenizer(flags: Flags, address: Address) -> None:
 @takes_settings(EngineConfig)
 def engine(flags: Flags, address: Address) -> None:
     """Run an engine: it runs the model."""
-    config = flags.load(EngineConfig)
+    config = flags.load_local(EngineConfig)
     from mini_infer_engine.server import run
 
-    run(config, address, lambda: typer.echo("The engine is ready"))
+    loading = byte_progress("Loading weights")
+    run(config, address, lambda: typer.echo("The engine is ready"), loading)

@@ -33,10 +33,11 @@ def serve(flags: Flags) -> None:
 
     Prints one line with the address once requests are served; everything else goes to stderr.
     """
-    model_name = flags.load(EngineConfig).model_name
     flags.load(TokenizerConfig)
     gateway = flags.load(GatewayConfig)
     port = free_port(gateway.host, gateway.port)
+    engine = flags.load_local(EngineConfig)
+    model_name = engine.model_name
 
     async def announce() -> None:
         from mini_infer.async_client import AsyncClient
@@ -48,7 +49,7 @@ def serve(flags: Flags) -> None:
     from mini_infer.settings import socket_folders
 
     with run_folder(socket_folders()) as folder:
-        children = _children(flags, folder, port, gateway.drain_grace_s)
+        children = _children(flags, engine, folder, port, gateway.drain_grace_s)
         try:
             asyncio.run(Supervisor(children).run(announce))
         except ChildRefused:
@@ -68,13 +69,18 @@ def process_command(name: str, arguments: Sequence[str]) -> list[str]:
     return [*python, name, f"--parent={os.getpid()}", *arguments]
 
 
-def _children(flags: Flags, folder: Path, port: int, drain_grace_s: float) -> list[ChildProcess]:
+def _children(
+    flags: Flags, config: EngineConfig, folder: Path, port: int, drain_grace_s: float
+) -> list[ChildProcess]:
     """The processes in the order of their start: the gateway is the first to be stopped."""
     engine, tokenizer = f"ipc://{folder}/engine", f"ipc://{folder}/tokenizer"
     links = {"engine_addresses": [engine], "tokenizer_addresses": [tokenizer]}
+    # A Hub id was looked up once, so that all of them read the same files, now and after a restart.
+    model = {"model": config.model, "revision": config.revision}
+    name = {"served_model_name": config.served_model_name}
     arguments = {
-        "engine": flags.arguments(EngineConfig, {"address": engine}),
-        "tokenizer": flags.arguments(TokenizerConfig, {"address": tokenizer}),
+        "engine": flags.arguments(EngineConfig, {"address": engine, **model, **name}),
+        "tokenizer": flags.arguments(TokenizerConfig, {"address": tokenizer, **model}),
         "gateway": flags.arguments(GatewayConfig, {"port": port, **links}),
     }
     grace_s = {"gateway": drain_grace_s + STOP_GRACE_S}

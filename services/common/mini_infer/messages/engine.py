@@ -1,0 +1,163 @@
+"""Between gateway and engine: streams of token ids."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import msgspec
+
+from mini_infer.errors import ErrorReason
+from mini_infer.messages.base import Message
+from mini_infer.messages.handshake import (
+    EngineWelcome,
+    GatewayBeat,
+    Hello,
+    HelloNeeded,
+    HelloRefused,
+)
+from mini_infer.sampling_params import ResolvedSampling
+
+NO_BUDGET = -1
+"""`Submit.budget_ms` of a request without a deadline."""
+NO_STOP_TOKEN = -1
+"""`StepOutput.stop_token_ids` of a row that no stop id ended."""
+
+
+class FinishCode(IntEnum):
+    """How a row of a `StepOutput` ends its stream."""
+
+    RUNNING = 0
+    STOP_TOKEN = 1
+    LENGTH = 2
+    ABORTED = 3
+    DEADLINE = 4
+
+
+# --- gateway -> engine --------------------------------------------------------------------------
+
+
+class Submit(Message, frozen=True, tag=10):
+    """A new stream.
+
+    Attributes:
+        stream: Its number.
+        prompt_ids: The prompt, at least one id.
+        output_ids: Output that exists already (the stream is resumed behind it); mostly empty.
+        sampling: Everything about sampling and stopping.
+        budget_ms: Milliseconds until the deadline, or `NO_BUDGET`.
+    """
+
+    stream: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+    sampling: ResolvedSampling
+    budget_ms: int = NO_BUDGET
+
+
+class Abort(Message, frozen=True, tag=11):
+    """End these streams at the next step boundary. Unknown ones are counted and dropped.
+
+    Attributes:
+        streams: Their numbers.
+        answer: Whether the streams' last row (`FinishCode.ABORTED`) is still wanted.
+    """
+
+    streams: list[int]
+    answer: bool = False
+
+
+# --- engine -> gateway --------------------------------------------------------------------------
+
+
+class Accepted(Message, frozen=True, tag=20):
+    """The stream waits or runs; exactly one finish code or `Refused` will follow."""
+
+    stream: int
+
+
+class Refused(Message, frozen=True, tag=21):
+    """The stream ends without (further) output: refused at admission, or failed by itself."""
+
+    stream: int
+    reason: ErrorReason
+    message: str
+    metadata: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class FinishAccounting(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Where a finished stream's time went.
+
+    Attributes:
+        queue_ms: From arrival to its first step.
+        prefill_ms: From its first step to its first output token.
+        decode_ms: From its first output token to its last.
+        num_cached_tokens: Prompt tokens that were not computed.
+        num_preemptions: Times it lost its blocks and was computed again.
+        num_steps: Steps of the engine loop between its first and its last, both included.
+    """
+
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    num_cached_tokens: int
+    num_preemptions: int
+    num_steps: int
+
+
+class StepOutput(Message, frozen=True, tag=22):
+    """What a step, or several merged ones, made for one gateway. Columns, a row a stream.
+
+    Attributes:
+        epoch: Of the engine.
+        seq: 0, 1, 2, ... per gateway since its Hello: shows gaps.
+        step: Number of the (last) step.
+        streams: The rows' streams, each at most once.
+        starts: Output position of each row's first id.
+        counts: Number of ids of each row; 0 where a row only finishes.
+        token_ids: The rows' ids, one after the other.
+        finish_codes: A `FinishCode` per row.
+        stop_token_ids: The id that ended the row, or `NO_STOP_TOKEN`.
+        finished: The accounting of each row whose finish code is not RUNNING, in row order.
+    """
+
+    epoch: int
+    seq: int
+    step: int
+    streams: list[int]
+    starts: list[int]
+    counts: list[int]
+    token_ids: list[int]
+    finish_codes: list[int]
+    stop_token_ids: list[int]
+    finished: list[FinishAccounting]
+
+
+class EngineBeat(Message, frozen=True, tag=23):
+    """The engine loop turns.
+
+    Attributes:
+        epoch: Of the engine.
+        num_steps: Steps that ran the model, so far.
+        expected_step_ms: How long the step that begins now is expected to take.
+        num_running: Sequences that take part in steps.
+        num_waiting: Sequences in the waiting queue.
+        num_used_blocks: Blocks that hold tokens.
+        num_preemptions: Preemptions so far.
+    """
+
+    epoch: int
+    num_steps: int
+    expected_step_ms: float
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int
+    num_preemptions: int
+
+
+ToEngine = Hello | GatewayBeat | Submit | Abort
+FromEngine = (
+    EngineWelcome | HelloRefused | HelloNeeded | Accepted | Refused | StepOutput | EngineBeat
+)
+
+to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)

@@ -1,0 +1,92 @@
+"""Writes what users of the clients give into messages of the API, field by field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf.message import Message
+
+from mini_infer.chats import ChatMessage, ChatOptions, read_chat
+from mini_infer.errors import FieldViolation, InvalidRequestError
+from mini_infer.messages import WireChatMessage
+from mini_infer.v1 import generate_pb2
+
+_MAX_EXACT_INTEGER = 2**53
+
+
+class RequestWriter:
+    """Writes values into messages, and remembers those that their fields cannot hold."""
+
+    def __init__(self) -> None:
+        """Has written nothing yet."""
+        self._violations: list[FieldViolation] = []
+
+    def write(self, message: Message, path: str, fields: Mapping[str, Any]) -> None:
+        """Sets fields of a message at a path; None leaves a field absent."""
+        for name, value in fields.items():
+            try:
+                message.MergeFrom(type(message)(**{name: value}))
+            except (TypeError, ValueError) as error:
+                expected = f"expected what the field can hold, got another value: {error}"
+                self._violations.append(FieldViolation(path + name, expected))
+
+    def write_chat(
+        self, chat: generate_pb2.Chat, messages: Sequence[ChatMessage], options: ChatOptions
+    ) -> None:
+        """Writes a conversation."""
+        chat.SetInParent()
+        try:
+            read = read_chat(messages, options)
+        except InvalidRequestError as error:
+            self._violations += error.violations
+            return
+        for index, message in enumerate(read.messages):
+            self._write_message(f"chat.messages[{index}].", chat.messages.add(), message)
+        fields = {
+            name: options.get(name)
+            for name in ("add_generation_prompt", "continue_final_message", "chat_template")
+        }
+        fields |= {"tools_json": read.tools, "documents_json": read.documents}
+        self.write(chat, "chat.", fields)
+        if read.template_kwargs:
+            self._write_kwargs(chat, json.loads(read.template_kwargs))
+
+    def _write_message(
+        self, path: str, written: generate_pb2.ChatMessage, message: WireChatMessage
+    ) -> None:
+        fields = {
+            "role": message.role,
+            "name": message.name,
+            "tool_call_id": message.tool_call_id,
+            "reasoning_content": message.reasoning_content,
+        }
+        self.write(written, path, fields)
+        if message.content is not None:
+            self.write(written.content.add(), f"{path}content[0].", {"text": message.content})
+        for index, call in enumerate(message.tool_calls):
+            arguments = "arguments_json" if call.arguments_are_json else "arguments_text"
+            fields = {"id": call.id, "function_name": call.name, arguments: call.arguments}
+            self.write(written.tool_calls.add(), f"{path}tool_calls[{index}].", fields)
+
+    def _write_kwargs(self, chat: generate_pb2.Chat, kwargs: dict[str, Any]) -> None:
+        if _holds_inexact_integer(kwargs):
+            expected = f"expected integers of at most {_MAX_EXACT_INTEGER}, got a larger one"
+            self._violations.append(FieldViolation("chat.template_kwargs", expected))
+        else:
+            self.write(chat, "chat.", {"template_kwargs": kwargs})
+
+    def raise_violations(self) -> None:
+        """Raises `InvalidRequestError` where a value could not be written."""
+        if self._violations:
+            raise InvalidRequestError(self._violations)
+
+
+def _holds_inexact_integer(value: Any) -> bool:
+    """Whether a number would change in a Struct, which holds numbers as doubles."""
+    if isinstance(value, dict):
+        return any(map(_holds_inexact_integer, value.values()))
+    if isinstance(value, list):
+        return any(map(_holds_inexact_integer, value))
+    return isinstance(value, int) and abs(value) > _MAX_EXACT_INTEGER
