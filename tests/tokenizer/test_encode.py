@@ -75,6 +75,19 @@ def test_special_tokens_may_be_objects_or_absent(tmp_path: Path) -> None:
     assert TextTokenizer(tmp_path).special_tokens == {"bos_token": "<s>"}
 
 
+def test_a_text_that_is_special_once_is_skipped(tmp_path: Path) -> None:
+    """As in the library, which looks at texts, and at whether any entry made one special."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{"id": 0, "content": "<s>", "special": each} | flags for each in (True, False)]
+    model = {"type": "WordLevel", "vocab": {"<s>": 0, "a": 1}, "unk_token": "a"}
+    content = json.dumps({"added_tokens": added, "model": model})
+    (tmp_path / "tokenizer.json").write_text(content)
+    tokenizer = TextTokenizer(tmp_path)
+    assert tokenizer.special_ids == {0}
+    assert tokenizer.token(0, skip_special_tokens=True) is None
+    assert tokenizer.decode([0, 1], skip_special_tokens=True) == "a"
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"model": 3}', "\0" * 100])
 def test_damaged_tokenizer_file(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)

@@ -81,7 +81,7 @@ class TextStream:
         num_read: Number of ids read, those released before the stream was opened included.
     """
 
-    __slots__ = ("_holder", "_ids_only", "_num_to_skip", "_reader", "num_read")
+    __slots__ = ("_feed", "_holder", "_ids_only", "_num_to_skip", "_reader", "num_read")
 
     def __init__(
         self,
@@ -92,6 +92,7 @@ class TextStream:
     ) -> None:
         """Begins behind `output_ids`, whose text was released before."""
         self._reader = reader
+        self._feed = reader.feed
         self._holder = holder
         self._ids_only = ids_only
         self._num_to_skip = len(output_ids)
@@ -111,22 +112,29 @@ class TextStream:
             What is released now. After a stop string or the last ids the stream is over.
         """
         self.num_read += len(token_ids)
-        pieces: list[Piece] = []
-        for token_id in token_ids:
-            pieces += self._reader.feed(token_id)
-        if last:
-            pieces += self._reader.flush()
-        while self._num_to_skip and pieces:
-            pieces[:1] = self._skip(pieces[0])
+        pieces: Sequence[Piece]
+        if len(token_ids) == 1 and not last:
+            pieces = self._feed(token_ids[0])
+        else:
+            pieces = [piece for token_id in token_ids for piece in self._feed(token_id)]
+            if last:
+                pieces += self._reader.flush()
+        if self._num_to_skip:
+            pieces = [rest for piece in pieces for rest in self._skip(piece)]
         if self._holder is not None:
             return self._holder.take(pieces, last)
-        num_ids = sum(num_ids for num_ids, _ in pieces)
-        text = "" if self._ids_only else "".join(text for _, text in pieces)
-        return TextDelta(num_ids, text, NO_STOP)
+        if len(pieces) == 1:
+            ((num_ids, text),) = pieces
+        else:
+            num_ids = sum(num_ids for num_ids, _ in pieces)
+            text = "".join([text for _, text in pieces])
+        return TextDelta(num_ids, "" if self._ids_only else text, NO_STOP)
 
     def _skip(self, piece: Piece) -> Sequence[Piece]:
         """Leaves out what was released before; returns what is left of the piece."""
         num_ids, text = piece
+        if not self._num_to_skip:
+            return (piece,)
         if num_ids > self._num_to_skip:
             num_ids, self._num_to_skip = num_ids - self._num_to_skip, 0
             return ((num_ids, text),)
@@ -166,12 +174,15 @@ class _StopHolder:
 
     def take(self, pieces: Sequence[Piece], last: bool) -> TextDelta:
         """Takes pieces and returns what no stop string can reach any more."""
+        is_alone = len(pieces) == 1 and not self._held
         for piece in pieces:
             num_ids, text = piece
             self._num_ids += num_ids
+            match = self._matcher.scan(text)
+            if is_alone and match is None and not self._matcher.num_open:
+                return TextDelta(num_ids, "" if self._ids_only else text, NO_STOP)
             self._num_held += len(text)
             self._held.append(piece)
-            match = self._matcher.scan(text)
             if match is not None and self._num_ids >= self._min_tokens:
                 return self._cut(match, self._num_held - len(text) + match.end)
         return self._release(0 if last or self._ids_only else self._matcher.num_open)

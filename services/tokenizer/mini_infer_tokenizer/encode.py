@@ -1,4 +1,4 @@
-"""Text to token ids and back, whole: the model folder's tokenizer.json and nothing else.
+"""Text to token ids and back, whole: tokenizer.json, and the special tokens named beside it.
 
 Streams of ids become text in `detokenize.py`; conversations become text in `chat.py`.
 """
@@ -6,22 +6,17 @@ Streams of ids become text in `detokenize.py`; conversations become text in `cha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import msgspec
-import tokenizers
 from mini_infer.errors import ErrorReason, MiniInferError, ModelFolderError
-from mini_infer.model_folder import hash_tokenizer, read_json_object, read_tokenizer
+from mini_infer.model_folder import TOKENIZER_FILE, hash_tokenizer, read_tokenizer
+
+from mini_infer_tokenizer import special_tokens
+from mini_infer_tokenizer.tokenizer_file import is_library_error, load_tokenizer, vet_tokens
 
 _MAX_ID = 2**32 - 1
 """Ids of the tokenizers library are unsigned 32-bit numbers."""
-
-
-class _DecoderOnly(msgspec.Struct):
-    """The part of tokenizer.json that says how tokens become text."""
-
-    decoder: dict[str, Any] | None = None
 
 
 class TextTokenizer:
@@ -32,7 +27,7 @@ class TextTokenizer:
         vocab_size: Ids run from 0 to `vocab_size` - 1 (some of them may mean nothing).
         special_ids: Ids that `skip_special_tokens` leaves out of a text.
         special_tokens: Texts by their name in tokenizer_config.json, such as "bos_token".
-        decoder: The decoder part of tokenizer.json, or None where it has none.
+        decoder_steps: The decoder of tokenizer.json, step by step; None where it has none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,19 +40,27 @@ class TextTokenizer:
             ModelFolderError: Where a file is missing, damaged or not supported.
         """
         content = read_tokenizer(folder)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            self.decoder = msgspec.json.decode(content, type=_DecoderOnly).decoder
-        except Exception as error:  # The library raises bare Exception for whatever it finds.
-            message = f"{folder / 'tokenizer.json'}: is not a valid tokenizer: {error}"
-            raise ModelFolderError(message) from error
-        # Files saved during training may carry either; neither belongs to serving.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        loaded = load_tokenizer(content, str(folder / TOKENIZER_FILE))
+        self._tokenizer = loaded.library
+        self.decoder_steps = loaded.decoder_steps
         self.tokenizer_hash = hash_tokenizer(content)
-        self.special_tokens = _read_special_tokens(folder)
-        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        self.special_ids = self._find_special_ids()
+        named = special_tokens.read_special_tokens(folder)
+        try:
+            special_tokens.apply(named, self._tokenizer)
+            added = self._tokenizer.get_added_tokens_decoder()
+            largest_added_id = vet_tokens({token.content: each for each, token in added.items()})
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            message = f"{folder / special_tokens.CONFIG_FILE}: its tokens cannot be added: {error}"
+            raise ModelFolderError(message) from error
+        self.special_tokens = dict(named.names)
+        self.vocab_size = max(loaded.largest_id, largest_added_id) + 1
+        self._special_texts = loaded.special_texts.union(
+            token.content for token in added.values() if token.special
+        )
+        ids = map(self._tokenizer.token_to_id, self._special_texts)
+        self.special_ids = frozenset(each for each in ids if each is not None)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """The ids of a text.
@@ -67,7 +70,8 @@ class TextTokenizer:
             add_special_tokens: Add what tokenizer.json puts around a text, such as BOS.
 
         Raises:
-            MiniInferError: INVALID_FIELD where the text holds half of a surrogate pair.
+            MiniInferError: INVALID_FIELD where the text holds half of a surrogate pair, or what
+                the vocabulary has no token for; INTERNAL_ERROR where the library fails.
         """
         try:
             text.encode()
@@ -76,46 +80,63 @@ class TextTokenizer:
                 ErrorReason.INVALID_FIELD,
                 f"expected Unicode text, got a lone surrogate at character {error.start}",
             ) from error
-        # Encoding a single text would hold the interpreter lock, a batch does not.
-        batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = batch[0].ids
+        with _library_errors("encode this text", ErrorReason.INVALID_FIELD):
+            # Encoding a single text would hold the interpreter lock, a batch does not.
+            batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            ids: list[int] = batch[0].ids
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of all the ids; ids that mean nothing have no text.
 
         Raises:
-            MiniInferError: INVALID_FIELD for an id that is no unsigned 32-bit number.
+            MiniInferError: INVALID_FIELD for an id that is no unsigned 32-bit number;
+                INTERNAL_ERROR where the library fails.
         """
         try:
-            text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+            with _library_errors("decode these ids", ErrorReason.INTERNAL_ERROR):
+                text: str = self._tokenizer.decode(
+                    token_ids, skip_special_tokens=skip_special_tokens
+                )
         except OverflowError as error:
             wrong = next(each for each in token_ids if not 0 <= each <= _MAX_ID)
             message = f"expected token ids from 0 to {self.vocab_size - 1}, got {wrong}"
             raise MiniInferError(ErrorReason.INVALID_FIELD, message) from error
         return text
 
+    def token(self, token_id: int, skip_special_tokens: bool) -> str | None:
+        """A token as written in tokenizer.json, or None where `decode` leaves the id out."""
+        if not 0 <= token_id < self.vocab_size:
+            return None
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        if skip_special_tokens and token in self._special_texts:
+            return None
+        return token
+
     def tokens(self) -> Iterator[tuple[int, str]]:
         """Every id that means something, with its token as written in tokenizer.json."""
         for token_id in range(self.vocab_size):
-            token = self._tokenizer.id_to_token(token_id)
+            token = self.token(token_id, skip_special_tokens=False)
             if token is not None:
                 yield token_id, token
 
-    def _find_special_ids(self) -> frozenset[int]:
-        """Ids of special tokens; the library knows them by their text, and so it is done here."""
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        special = {token.content for token in added if token.special}
-        return frozenset(token_id for token_id, token in self.tokens() if token in special)
 
+@contextmanager
+def _library_errors(task: str, reason: ErrorReason) -> Iterator[None]:
+    """Turns what the library raises into errors of ours.
 
-def _read_special_tokens(folder: Path) -> dict[str, str]:
-    """Entries such as `"bos_token": "<s>"` or `"bos_token": {"content": "<s>", ...}`."""
-    if not (folder / "tokenizer_config.json").exists():
-        return {}
-    found = {}
-    for name, value in read_json_object(folder / "tokenizer_config.json").items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
-    return found
+    Args:
+        task: What it should do.
+        reason: Of an error that it reports; a panic is always an INTERNAL_ERROR.
+    """
+    try:
+        yield
+    except OverflowError:
+        raise
+    except BaseException as error:
+        if not is_library_error(error):
+            raise
+        if not isinstance(error, Exception):  # A panic's message may quote the text.
+            message = f"the tokenizers library failed to {task}; its tokenizer.json may be damaged"
+            raise MiniInferError(ErrorReason.INTERNAL_ERROR, message) from error
+        raise MiniInferError(reason, f"the tokenizer cannot {task}: {error}") from error

@@ -2,107 +2,145 @@
 
 A piece is closed where no later id can change its text, so the texts of the pieces, one after
 the other, are what `TextTokenizer.decode` gives for all the ids. Which ids share a piece depends
-on the ids alone, never on how they arrive, and each id costs O(1) amortised.
+on the ids alone, never on how they arrive. Each id costs O(1): its text is looked up in a table,
+which is filled as ids are met (`token_texts.py` asks the library).
 
-Two kinds of decoders are told apart:
+There is a reader for each thing that a token's text can depend on:
 
-* Byte-level: a token is bytes, and the text is their lossy UTF-8. A piece ends where no character
-  is incomplete.
-* All others: a token's text depends on whether it is the text's first and on its neighbour, which
-  a window of two tokens shows. With byte fallback a run of byte tokens (`<0xE2>`) is a text of its
-  own: where it is valid UTF-8 as a whole it is that text, else each byte is one U+FFFD. So a run
-  is final when it ends, or as soon as it cannot become valid any more.
+* `ByteLevelReader`: a token is bytes, and the text is their lossy UTF-8.
+* `PlaceReader`: whether the token is the text's first.
+* `NextReader`: also, whether another token follows.
+* `RepeatReader`: also, whether the token before it was the same.
+* `FallbackReader`: runs of byte tokens are a text of their own (`byte_runs.py`).
+* `StripReader`, around one of these: spaces that begin the text are left out.
 """
 
 from __future__ import annotations
 
-import re
 from codecs import utf_8_decode
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
 
-from mini_infer.errors import ModelFolderError
-
+from mini_infer_tokenizer.byte_runs import ByteRun, byte_of
 from mini_infer_tokenizer.encode import TextTokenizer
+from mini_infer_tokenizer.token_texts import (
+    DecoderPlan,
+    TokenText,
+    TokenTexts,
+    bytes_of,
+    plan_decoder,
+)
 
 Piece = tuple[int, str]
 """Number of ids, and their text."""
+Pieces = Sequence[Piece]
+TokenOf = Callable[[int], str | None]
+"""A token by its id; None for an id that is left out of the text."""
+
+_Entry = TypeVar("_Entry")
 
 MAX_HELD_IDS = 4
 """Ids of a byte-level decoder that wait for a character's rest: it has at most 4 bytes."""
-MAX_BYTE_RUN = 64
-"""Byte tokens that wait for the end of their run. A longer run is split: should it become invalid
-behind this point, its beginning was released as the valid text it was until then, where `decode`
-would give U+FFFD for all of it."""
 
-_REPLACEMENT = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_DECODERS = frozenset(
-    {"WordPiece", "Metaspace", "BPEDecoder", "Replace", "ByteFallback", "Fuse", "Strip"}
-)
+_SILENT: Pieces = ((1, ""),)
+"""An id that is left out; readers tell it by identity from a token whose text is empty."""
 
 
 class PieceReader(Protocol):
     """Reads one stream of ids."""
 
-    def feed(self, token_id: int) -> Sequence[Piece]:
+    def feed(self, token_id: int) -> Pieces:
         """Takes the next id; returns the pieces that are final now."""
 
-    def flush(self) -> Sequence[Piece]:
+    def flush(self) -> Pieces:
         """Ends the stream; returns the pieces of the ids that were held."""
 
 
 def piece_readers(tokenizer: TextTokenizer, skip_special_tokens: bool) -> Callable[[], PieceReader]:
-    """What opens readers over a tokenizer; the tables they share are made here, once.
+    """What opens readers over a tokenizer; they share its tables.
 
     Raises:
         ModelFolderError: Where tokenizer.json has a decoder that is not supported.
     """
-    kinds = _decoder_kinds(tokenizer.decoder)
-    silent = tokenizer.special_ids if skip_special_tokens else frozenset()
-    tokens = {each: token for each, token in tokenizer.tokens() if each not in silent}
-    if kinds == ["ByteLevel"]:
-        return partial(ByteLevelReader, {each: _bytes_of(token) for each, token in tokens.items()})
-    unknown = sorted(set(kinds) - _DECODERS)
-    if unknown:
-        supported = ", ".join(["ByteLevel alone", *sorted(_DECODERS)])
-        raise ModelFolderError(
-            f"tokenizer.json: expected decoders among {supported}, got {', '.join(unknown)}"
-        )
-    byte_tokens = {}
-    if "ByteFallback" in kinds:
-        matches = ((each, _BYTE_TOKEN.fullmatch(token)) for each, token in tokens.items())
-        byte_tokens = {each: bytes.fromhex(match[1]) for each, match in matches if match}
-    decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
-    decode_alone = cache(lambda token_id: decode((token_id,)))
-    return partial(WindowReader, decode, decode_alone, frozenset(tokens), byte_tokens)
+    plan = plan_decoder(tokenizer.decoder_steps)
+    token_of = partial(tokenizer.token, skip_special_tokens=skip_special_tokens)
+    if plan.is_byte_level:
+        return partial(ByteLevelReader, Table(token_of, _whole_text_or_bytes, _SILENT))
+    open_reader = _reader_of_texts(plan, token_of)
+    if plan.num_to_strip:
+        return lambda: StripReader(open_reader(), plan.strip, plan.num_to_strip)
+    return open_reader
+
+
+def _reader_of_texts(plan: DecoderPlan, token_of: TokenOf) -> Callable[[], PieceReader]:
+    texts = TokenTexts(plan)
+    first, behind = texts.first, texts.behind
+    if plan.has_byte_fallback:
+        return partial(FallbackReader, Table(token_of, partial(_byte_or_text, behind), _SILENT))
+    if plan.drops_repeated:
+        repeats = Table(token_of, lambda token: (token, _piece(behind(token).last)), None)
+        return partial(RepeatReader, repeats)
+    if plan.depends_on_next:
+        return partial(NextReader, Table(token_of, first, None), Table(token_of, behind, None))
+    return partial(
+        PlaceReader,
+        Table(token_of, lambda token: _piece(first(token).last), _SILENT),
+        Table(token_of, lambda token: _piece(behind(token).last), _SILENT),
+    )
+
+
+class Table(dict[int, _Entry]):
+    """What readers know of an id, made when it is first met."""
+
+    def __init__(self, token_of: TokenOf, make: Callable[[str], _Entry], left_out: _Entry) -> None:
+        """Begins empty.
+
+        Args:
+            token_of: The token of an id.
+            make: The entry of a token.
+            left_out: The entry of all ids without a token. It is not kept: there are many.
+        """
+        super().__init__()
+        self._token_of = token_of
+        self._make = make
+        self._left_out = left_out
+
+    def __missing__(self, token_id: int) -> _Entry:
+        """Makes an entry."""
+        token = self._token_of(token_id)
+        if token is None:
+            return self._left_out
+        entry = self[token_id] = self._make(token)
+        return entry
 
 
 class ByteLevelReader:
-    """Pieces of a byte-level tokenizer, by a table from id to bytes."""
+    """Pieces of a byte-level tokenizer."""
 
-    __slots__ = ("_bytes_of", "_num_held", "_pending", "_text")
+    __slots__ = ("_num_held", "_pending", "_table", "_text")
 
-    def __init__(self, bytes_of: Mapping[int, bytes]) -> None:
+    def __init__(self, table: Table[Pieces | bytes]) -> None:
         """Begins a stream.
 
         Args:
-            bytes_of: Bytes of each id; an id that is not in it has none.
+            table: The piece of a token that is whole characters, the bytes of any other.
         """
-        self._bytes_of = bytes_of
+        self._table = table
         self._num_held = 0
         self._text = ""
         self._pending = b""
 
-    def feed(self, token_id: int) -> Sequence[Piece]:
+    def feed(self, token_id: int) -> Pieces:
         """Takes the next id; a piece is closed where no character is incomplete."""
-        token = self._bytes_of.get(token_id, b"")
+        token = self._table[token_id]
+        if not isinstance(token, bytes):
+            if not self._num_held:
+                return token
+            token = token[0][1].encode()
         data = self._pending + token
         text, num_read = utf_8_decode(data, "replace", False)
         self._pending = data[num_read:]
-        if not self._num_held and not self._pending:
-            return ((1, text),)
         self._num_held += 1
         self._text += text
         if not self._pending:
@@ -115,7 +153,7 @@ class ByteLevelReader:
             return self._close(num_kept=1)
         return ()
 
-    def flush(self) -> Sequence[Piece]:
+    def flush(self) -> Pieces:
         """Ends the stream; an incomplete character comes out as U+FFFD."""
         if not self._num_held:
             return ()
@@ -123,62 +161,133 @@ class ByteLevelReader:
         self._pending = b""
         return self._close(num_kept=0)
 
-    def _close(self, num_kept: int) -> Sequence[Piece]:
+    def _close(self, num_kept: int) -> Pieces:
         piece = (self._num_held - num_kept, self._text)
         self._num_held, self._text = num_kept, ""
         return (piece,)
 
 
-class WindowReader:
-    """Pieces of a tokenizer whose tokens are text, by decoding each with the one before it."""
+class PlaceReader:
+    """Pieces where a token's text depends on whether it is the first: WordPiece, Metaspace."""
 
-    __slots__ = (
-        "_byte_tokens",
-        "_context",
-        "_decode",
-        "_decode_alone",
-        "_num_before",
-        "_run",
-        "_spoken",
-    )
+    __slots__ = ("_behind", "_first", "_pieces")
 
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        decode_alone: Callable[[int], str],
-        spoken: frozenset[int],
-        byte_tokens: Mapping[int, bytes],
-    ) -> None:
-        """Begins a stream.
+    def __init__(self, first: Table[Pieces], behind: Table[Pieces]) -> None:
+        """Begins a stream; takes the piece of each token as the first one, and behind others."""
+        self._pieces = self._first = first
+        self._behind = behind
 
-        Args:
-            decode: The text of ids.
-            decode_alone: The text of an id that is the only one.
-            spoken: The ids that `decode` does not leave out.
-            byte_tokens: The byte that an id stands for, where the decoder has byte fallback.
-        """
-        self._decode = decode
-        self._decode_alone = decode_alone
-        self._spoken = spoken
-        self._byte_tokens = byte_tokens
-        self._context: tuple[int, ...] = ()  # Decoded in front of each token: mostly one id.
-        self._num_before = 0  # Length of the context's text.
-        self._run: _ByteRun | None = None
+    def feed(self, token_id: int) -> Pieces:
+        """Takes the next id; nothing is held."""
+        pieces = self._pieces[token_id]
+        if pieces is not _SILENT:
+            self._pieces = self._behind
+        return pieces
 
-    def feed(self, token_id: int) -> Sequence[Piece]:
+    def flush(self) -> Pieces:
+        """Ends the stream."""
+        return ()
+
+
+class NextReader:
+    """Pieces where a token's text depends on its place and on whether a token follows.
+
+    With an end-of-word suffix, the space behind a word comes with the next token. A token whose
+    text would change otherwise (a suffix inside it) is held until the next one.
+    """
+
+    __slots__ = ("_behind", "_held", "_num_held", "_owed", "_texts")
+
+    def __init__(self, first: Table[TokenText | None], behind: Table[TokenText | None]) -> None:
+        """Begins a stream; takes the text of each token as the first one, and behind others."""
+        self._texts = first
+        self._behind = behind
+        self._owed = ""  # What the last token's text becomes longer by, if a token follows.
+        self._held: TokenText | None = None
+        self._num_held = 0
+
+    def feed(self, token_id: int) -> Pieces:
+        """Takes the next id."""
+        token = self._texts[token_id]
+        if self._held is None:
+            return _SILENT if token is None else self._take(token)
+        if token is None:
+            self._num_held += 1
+            return ()
+        before = (self._num_held, self._held.inner)
+        self._held = None
+        return (before, *self._take(token))
+
+    def flush(self) -> Pieces:
+        """Ends the stream; what is held is the last token."""
+        if self._held is None:
+            return ()
+        piece = (self._num_held, self._held.last)
+        self._held = None
+        return (piece,)
+
+    def _take(self, token: TokenText) -> Pieces:
+        self._texts = self._behind
+        last, inner = token
+        owed, self._owed = self._owed, ""
+        if not inner.startswith(last):
+            self._held = TokenText(owed + last, owed + inner)
+            self._num_held = 1
+            return ()
+        self._owed = inner[len(last) :]
+        return ((1, owed + last),)
+
+
+class RepeatReader:
+    """Pieces of a CTC tokenizer: a token that is repeated has no text."""
+
+    __slots__ = ("_last", "_table")
+
+    def __init__(self, table: Table[tuple[str, Pieces] | None]) -> None:
+        """Begins a stream; takes each token with its piece."""
+        self._table = table
+        self._last: str | None = None
+
+    def feed(self, token_id: int) -> Pieces:
+        """Takes the next id; nothing is held."""
+        entry = self._table[token_id]
+        if entry is None:
+            return _SILENT
+        token, pieces = entry
+        if token == self._last:
+            return _SILENT
+        self._last = token
+        return pieces
+
+    def flush(self) -> Pieces:
+        """Ends the stream."""
+        return ()
+
+
+class FallbackReader:
+    """Pieces where runs of byte tokens are a text of their own; what is silent does not end one."""
+
+    __slots__ = ("_run", "_table")
+
+    def __init__(self, table: Table[Pieces | bytes]) -> None:
+        """Begins a stream; takes the byte of each byte token, the piece of any other."""
+        self._table = table
+        self._run: ByteRun | None = None
+
+    def feed(self, token_id: int) -> Pieces:
         """Takes the next id; only byte tokens, and what is silent among them, are held."""
-        if token_id not in self._spoken:
-            if self._run and self._run.extend_silently():
-                return ()
-            return ((1, ""),)
-        byte = self._byte_tokens.get(token_id)
-        if byte is None:
-            return (*self.flush(), (1, self._text_of(token_id)))
+        token = self._table[token_id]
+        if isinstance(token, bytes):
+            if self._run is None:
+                self._run = ByteRun()
+            return self._run.extend(token)
         if self._run is None:
-            self._run = self._begin_run(token_id)
-        return self._run.extend(byte)
+            return token
+        if token is _SILENT:
+            return () if self._run.extend_silently() else _SILENT
+        return (*self.flush(), *token)
 
-    def flush(self) -> Sequence[Piece]:
+    def flush(self) -> Pieces:
         """Ends the run of byte tokens, if there is one."""
         if self._run is None:
             return ()
@@ -186,114 +295,55 @@ class WindowReader:
         self._run = None
         return pieces
 
-    def _text_of(self, token_id: int) -> str:
-        """The text that a token adds behind what came before it."""
-        text = self._decode((*self._context, token_id))[self._num_before :]
-        if text:
-            self._set_context(token_id)
-        elif token_id not in self._context:  # Alone it would not show that a text has begun.
-            self._context += (token_id,)
-        return text
 
-    def _begin_run(self, token_id: int) -> _ByteRun:
-        if self._num_before:
-            return _ByteRun(strip_first=False)
-        strip_first = not self._decode((*self._context, token_id))
-        self._set_context(token_id)
-        return _ByteRun(strip_first)
+class StripReader:
+    """Pieces of another reader without the spaces that begin the text."""
 
-    def _set_context(self, token_id: int) -> None:
-        self._context = (token_id,)
-        self._num_before = len(self._decode_alone(token_id))
+    __slots__ = ("_feed", "_num_left", "_reader", "_strip")
 
-
-class _ByteRun:
-    """Byte tokens, one after the other, whose text is not final yet."""
-
-    __slots__ = ("_is_broken", "_sizes", "_strip_first", "_tail", "_text")
-
-    def __init__(self, strip_first: bool) -> None:
-        """Begins a run.
+    def __init__(self, reader: PieceReader, strip: str, num_to_strip: int) -> None:
+        """Begins a stream.
 
         Args:
-            strip_first: Whether the decoder takes away the first character, a space that begins
-                the text, if the run is valid.
+            reader: Where nothing was read yet.
+            strip: The character that is left out.
+            num_to_strip: How often, at most.
         """
-        self._strip_first = strip_first
-        self._is_broken = False
-        self._text = ""
-        self._tail = b""  # Bytes of the character that is incomplete.
-        self._sizes: list[int] = []  # Of each byte: the ids that are released with it.
+        self._reader = reader
+        self._feed = reader.feed
+        self._strip = strip
+        self._num_left = num_to_strip
 
-    def extend(self, byte: bytes) -> Sequence[Piece]:
-        """Takes the next byte."""
-        if self._is_broken:
-            return ((1, _REPLACEMENT),)
-        self._sizes.append(1)
-        self._tail += byte
-        try:
-            text, num_read = utf_8_decode(self._tail, "strict", False)
-        except UnicodeDecodeError:
-            self._is_broken = True
-            return self._take_replaced()
-        self._text += text
-        self._tail = self._tail[num_read:]
-        return self._take_characters() if len(self._sizes) >= MAX_BYTE_RUN else ()
+    def feed(self, token_id: int) -> Pieces:
+        """Takes the next id."""
+        pieces = self._feed(token_id)
+        return [self._without(piece) for piece in pieces] if self._num_left else pieces
 
-    def extend_silently(self) -> bool:
-        """Takes an id without text; returns False where no byte is held that it must wait for."""
-        if not self._sizes:
-            return False
-        self._sizes[-1] += 1
-        return True
+    def flush(self) -> Pieces:
+        """Ends the stream."""
+        return [self._without(piece) for piece in self._reader.flush()]
 
-    def end(self) -> Sequence[Piece]:
-        """Ends the run; only now it is known whether all of it is valid."""
-        return self._take_replaced() if self._tail else self._take_characters()
-
-    def _take_replaced(self) -> Sequence[Piece]:
-        pieces = [(size, _REPLACEMENT) for size in self._sizes]
-        self._sizes, self._text, self._tail = [], "", b""
-        return pieces
-
-    def _take_characters(self) -> Sequence[Piece]:
-        """A piece for each complete character."""
-        pieces = []
+    def _without(self, piece: Piece) -> Piece:
+        num_ids, text = piece
         begin = 0
-        for character in self._text:
-            end = begin + len(character.encode())
-            pieces.append((sum(self._sizes[begin:end]), character))
-            begin = end
-        if self._strip_first and pieces:
-            pieces[0] = (pieces[0][0], "")
-            self._strip_first = False
-        self._sizes, self._text = self._sizes[begin:], ""
-        return pieces
+        while begin < min(len(text), self._num_left) and text[begin] == self._strip:
+            begin += 1
+        self._num_left = self._num_left - begin if begin == len(text) else 0
+        return num_ids, text[begin:]
 
 
-def _decoder_kinds(decoder: dict[str, Any] | None) -> list[str]:
-    """The decoder's types in order, those of a Sequence one by one."""
-    if decoder is None:
-        return []
-    if decoder.get("type") == "Sequence":
-        return [kind for each in decoder["decoders"] for kind in _decoder_kinds(each)]
-    return [str(decoder.get("type"))]
+def _piece(text: str) -> Pieces:
+    return ((1, text),)
 
 
-def _printable_bytes() -> dict[str, int]:
-    """The character by which byte-level tokenizers write each byte (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    written = {chr(byte): byte for byte in printable}
-    return written | {chr(256 + index): byte for index, byte in enumerate(others)}
+def _byte_or_text(text_of: Callable[[str], TokenText], token: str) -> Pieces | bytes:
+    text = text_of(token).last
+    return byte_of(text) or _piece(text)
 
 
-_BYTE_OF_CHARACTER = _printable_bytes()
-
-
-def _bytes_of(token: str) -> bytes:
-    """The bytes of a token; an added token that is not written in that table is plain text."""
+def _whole_text_or_bytes(token: str) -> Pieces | bytes:
+    data = bytes_of(token)
     try:
-        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
-    except KeyError:
-        return token.encode()
+        return _piece(data.decode())
+    except UnicodeDecodeError:
+        return data
