@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
-from mini_infer.config import bundled_model
 from mini_infer.errors import ModelFolderError
 from mini_infer.model_folder import (
     read_bytes,
@@ -14,10 +12,21 @@ from mini_infer.model_folder import (
 )
 
 
-def test_hash_is_that_of_the_file() -> None:
-    folder = bundled_model("demo")
-    content = (folder / "tokenizer.json").read_bytes()
-    assert tokenizer_hash(folder) == hashlib.sha256(content).hexdigest()
+def test_tokenizer_hash_follows_every_file_that_decides_on_ids(tmp_path: Path) -> None:
+    hashes = []
+    for name, content in [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"model": 1}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {}}'),
+        ("special_tokens_map.json", '{"eos_token": "<e>"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5": {"content": "<e>"}}}'),
+    ]:
+        (tmp_path / name).write_text(content)
+        hashes.append(tokenizer_hash(tmp_path))
+    assert len(set(hashes)) == 5
+    (tmp_path / "chat_template.jinja").write_text("hello")
+    assert tokenizer_hash(tmp_path) == hashes[-1]
+    assert len(bytes.fromhex(hashes[-1])) == 32
 
 
 def test_reads_a_json_object(tmp_path: Path) -> None:

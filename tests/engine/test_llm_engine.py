@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -185,6 +186,18 @@ def test_the_context_is_what_the_cache_holds() -> None:
         assert caught.value.reason is ErrorReason.CONTEXT_LENGTH_EXCEEDED
     with pytest.raises(ConfigError, match="more than the 64 tokens"):
         LLMEngine(EngineConfig(kv_cache_tokens=64, max_model_len=65))
+
+
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "dropped"])
+def test_the_weights_memory_is_given_back(is_closed: bool) -> None:
+    engine = LLMEngine(EngineConfig(kv_cache_tokens=512))
+    weights = [each.untyped_storage() for each in engine._engine.model.destinations().values()]
+    assert sum(each.nbytes() for each in weights) > 2**23
+    if is_closed:
+        engine.close()
+    del engine
+    gc.collect()
+    assert sum(each.nbytes() for each in weights) == 0
 
 
 def test_a_closed_engine_says_so() -> None:

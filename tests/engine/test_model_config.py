@@ -108,6 +108,7 @@ NOT_NUMBERS = ["1", True, -1.0, [1], float("nan"), float("inf"), 10**400]
             for value in NOT_FLAGS
         ),
         ("rms_norm_eps", 0),
+        ("max_position_embeddings", 1),  # no room for a prompt and a token
         ("num_key_value_heads", 3),
         ("num_key_value_heads", 8),
         ("num_attention_heads", ABSENT),

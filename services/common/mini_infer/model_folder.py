@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from mini_infer.errors import ModelFolderError
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 MAX_JSON_BYTES = 4 * 2**20
 MAX_TOKENIZER_BYTES = 256 * 2**20
 """Vocabularies of 262,144 tokens with their merges take about 35 MB."""
@@ -85,17 +86,24 @@ def read_tokenizer(folder: Path) -> bytes:
 
 
 def tokenizer_hash(folder: Path) -> str:
-    """SHA-256 of tokenizer.json in hex: equal where two processes mean the same token ids.
+    """SHA-256 in hex over the tokenizer's files: equal where two processes mean the same ids.
+
+    Beside tokenizer.json, those that may add tokens to it count.
 
     Raises:
         ModelFolderError: As `read_bytes`.
     """
-    return hash_tokenizer(read_tokenizer(folder))
+    return hash_tokenizer(folder, read_tokenizer(folder))
 
 
-def hash_tokenizer(content: bytes) -> str:
-    """As `tokenizer_hash`, for who has read the file already."""
-    return hashlib.sha256(content).hexdigest()
+def hash_tokenizer(folder: Path, tokenizer: bytes) -> str:
+    """As `tokenizer_hash`, for who has read tokenizer.json already."""
+    digest = hashlib.sha256(tokenizer)
+    for name in TOKENIZER_CONFIG_FILES:
+        if (folder / name).exists():
+            content = read_bytes(folder / name, MAX_JSON_BYTES)
+            digest.update(b"%s %d " % (name.encode(), len(content)) + content)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -48,6 +48,7 @@ class Engine:
         pool: The blocks, which the scheduler alone changes.
         scheduler: The queues.
         runner: The model and its cache.
+        model: What the runner runs.
         seconds_per_token: How long a token of a step took in a trial.
     """
 
@@ -55,6 +56,7 @@ class Engine:
     pool: BlockPool
     scheduler: Scheduler
     runner: ModelRunner
+    model: CausalLM
     seconds_per_token: float
 
     def with_empty_queues(self) -> Engine:
@@ -130,7 +132,7 @@ def build_engine(
         max_queued_requests=config.max_queued_requests,
     )
     token_s = seconds_per_token(runner, served.max_model_len - 1)
-    return Engine(served, pool, Scheduler(pool, limits), runner, token_s)
+    return Engine(served, pool, Scheduler(pool, limits), runner, model, token_s)
 
 
 def _make_recorded_runner(

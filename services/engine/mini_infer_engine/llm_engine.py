@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +129,8 @@ class LLMEngine:
         self._loaded: Engine | None = build_engine(
             self.config, on_progress, merge_decode_steps=True
         )
+        # Recorded steps are never forgotten by torch, and refer to the weights.
+        self._free = weakref.finalize(self, self._loaded.model.free)
         self._next_stream = 0
 
     @property
@@ -228,6 +231,7 @@ class LLMEngine:
     def close(self) -> None:
         """Frees the model and its cache; the engine is not usable after. Once is enough."""
         self._loaded = None
+        self._free()
         self._chat_templates.close()
 
     def __enter__(self) -> LLMEngine:

@@ -147,7 +147,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     hidden_size = fields.integer("hidden_size", 1, MAX_HIDDEN_SIZE)
     num_q_heads, num_kv_heads, head_dim = _heads(fields, rules, hidden_size)
     max_positions = fields.integer(
-        "max_position_embeddings", 1, MAX_POSITIONS, default=rules.max_position_embeddings
+        "max_position_embeddings", 2, MAX_POSITIONS, default=rules.max_position_embeddings
     )
     kinds = _layer_kinds(fields, rules)
     ropes = read_ropes(fields, rules, head_dim, max_positions)

@@ -32,7 +32,7 @@ class ServedModel:
         max_model_len: Tokens of prompt and output together.
         dtype: Of the weights as they run, such as "float32".
         fingerprint: Engines with equal ones serve the same model.
-        tokenizer_hash: SHA-256 of tokenizer.json.
+        tokenizer_hash: SHA-256 of the tokenizer's files.
     """
 
     name: str

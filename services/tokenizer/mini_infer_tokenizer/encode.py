@@ -23,7 +23,7 @@ class TextTokenizer:
     """A model's tokenizer; safe to use from several threads.
 
     Attributes:
-        tokenizer_hash: SHA-256 of tokenizer.json in hex.
+        tokenizer_hash: SHA-256 of the tokenizer's files in hex.
         vocab_size: Ids run from 0 to `vocab_size` - 1 (some of them may mean nothing).
         special_ids: Ids that `skip_special_tokens` leaves out of a text.
         special_tokens: Texts by their name in tokenizer_config.json, such as "bos_token".
@@ -43,7 +43,7 @@ class TextTokenizer:
         loaded = load_tokenizer(content, str(folder / TOKENIZER_FILE))
         self._tokenizer = loaded.library
         self.decoder_steps = loaded.decoder_steps
-        self.tokenizer_hash = hash_tokenizer(content)
+        self.tokenizer_hash = hash_tokenizer(folder, content)
         named = special_tokens.read_special_tokens(folder)
         try:
             special_tokens.apply(named, self._tokenizer)

@@ -47,7 +47,7 @@ class EngineWelcome(Message, frozen=True, tag=4):
         architecture: As in config.json.
         dtype: Of the weights as they run, such as "float32".
         fingerprint: Hash over config.json and the weight files' headers.
-        tokenizer_hash: SHA-256 of tokenizer.json.
+        tokenizer_hash: SHA-256 of the tokenizer's files.
         vocab_size: Number of token ids that the engine accepts.
         max_model_len: Tokens of prompt and output together.
         eos_token_ids: Ids that end an output.

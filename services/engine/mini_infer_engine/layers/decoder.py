@@ -121,6 +121,11 @@ class CausalLM:
                 found[f"model.layers.{index}.{name}"] = tensor
         return found
 
+    def free(self) -> None:
+        """Gives the weights' memory back, whoever else refers to them; the model is gone then."""
+        for tensor in self.destinations().values():
+            tensor.untyped_storage().resize_(0)
+
     def ignorable(self) -> frozenset[str]:
         """Checkpoint tensors that may be there and are not needed."""
         tied = {"lm_head.weight"} if self._config.tie_word_embeddings else set()

@@ -23,6 +23,8 @@ equal but for the sign of the sine (minus in the first), so that a turn is
 
 MAX_TABLE_BYTES = 2**28
 """A larger table is not kept; each step computes its rows."""
+_TABLED_AT_ONCE = 4096
+"""Positions."""
 
 
 class Rotary(Protocol):
@@ -56,7 +58,7 @@ def make_rotary(
         return LengthRotary(rope, dtype, device)
     frequencies = inverse_frequencies(rope).to(device)
     width = 2 * len(frequencies)
-    if num_positions * 2 * width * 4 > MAX_TABLE_BYTES:
+    if num_positions * 2 * width * dtype.itemsize > MAX_TABLE_BYTES:
         return ComputedRotary(rope, frequencies, dtype)
     return TabledRotary(rope, frequencies, num_positions, dtype)
 
@@ -67,11 +69,14 @@ class TabledRotary:
     def __init__(
         self, rope: RopeConfig, frequencies: torch.Tensor, num_positions: int, dtype: torch.dtype
     ) -> None:
-        """Computes the table."""
-        positions = torch.arange(num_positions, device=frequencies.device)
-        turns = _turns(positions, frequencies, rope.attention_factor)
-        # [num_positions, 2, 1, width]: one lookup for both.
-        self._table = torch.stack(turns, 1).to(dtype).unsqueeze(2)
+        """Computes the table piece by piece: what is made on the way is several times larger."""
+        shape = (num_positions, 2, 1, 2 * len(frequencies))  # one lookup for both
+        self._table = torch.empty(shape, dtype=dtype, device=frequencies.device)
+        for start in range(0, num_positions, _TABLED_AT_ONCE):
+            piece = self._table[start : start + _TABLED_AT_ONCE]
+            positions = torch.arange(start, start + len(piece), device=frequencies.device)
+            turns = _turns(positions, frequencies, rope.attention_factor)
+            piece[:, 0, 0], piece[:, 1, 0] = turns
 
     def at(self, positions: torch.Tensor, rotation_lens: torch.Tensor | None) -> Rotation:
         """As `Rotary.at`."""
