@@ -8,7 +8,9 @@ import pytest
 from gateway.harness import StartGateway
 from gateway.stand_ins import ENGINE_WELCOME, StandInEngine
 from mini_infer.client import RequestFailed
+from mini_infer.config import bundled_model
 from mini_infer.messages import FinishCode, Submit
+from mini_infer_tokenizer.encode import TextTokenizer
 
 
 async def test_requests_go_to_the_engine_with_the_fewest_streams(
@@ -40,21 +42,26 @@ async def test_requests_go_to_the_engine_with_the_fewest_streams(
         await engine.close()
 
 
-@pytest.mark.parametrize("vocab_size", [4095, 4097])
-async def test_engine_takes_every_id_of_the_tokenizer(
-    folder: Path, tokenizer_address: str, start_gateway: StartGateway, vocab_size: int
+@pytest.mark.parametrize("distance", [-1, 0, 4000])
+async def test_only_what_the_model_does_not_know_is_refused(
+    folder: Path, tokenizer_address: str, start_gateway: StartGateway, distance: int
 ) -> None:
-    """It may take more: vocabularies are padded."""
-    welcome = msgspec.structs.replace(ENGINE_WELCOME, vocab_size=vocab_size)
+    """A model may know fewer ids than its tokenizer, or more."""
+    prompt = "a fox and a lantern"
+    largest = max(TextTokenizer(bundled_model("demo")).encode(prompt, True))
+    welcome = msgspec.structs.replace(ENGINE_WELCOME, vocab_size=largest + 1 + distance)
     engine = StandInEngine(f"ipc://{folder}/engine", welcome)
-    is_large_enough = vocab_size >= 4096
-    served = await start_gateway(f"ipc://{folder}/engine", tokenizer_address, ready=is_large_enough)
-    links = [*served.gateway.peers.engine_links, *served.gateway.peers.tokenizer_links]
-    while not all(link.welcome for link in links):
-        await asyncio.sleep(0.01)
-    if is_large_enough:
-        assert await served.client.tokenize("a fox")
+    served = await start_gateway(f"ipc://{folder}/engine", tokenizer_address)
+    assert max(await served.client.tokenize(prompt)) == largest
+    if distance < 0:
+        chat = [{"role": "user", "content": prompt}]
+        for given, field in ((prompt, "text"), (chat, "chat")):
+            with pytest.raises(RequestFailed, match=f"{field}: expected a text of tokens that"):
+                await served.client.generate(given).text()
     else:
-        with pytest.raises(RequestFailed, match="takes 4095 token ids and its tokenizer makes 40"):
-            await served.client.tokenize("a fox")
+        reading = asyncio.create_task(served.client.generate(prompt).text())
+        submit = await engine.next(Submit)
+        assert max(submit.prompt_ids) == largest
+        await engine.step(submit.stream, 0, [5], FinishCode.LENGTH)
+        await reading
     await engine.close()

@@ -66,7 +66,7 @@ class GenerateCall:
         request = check_generate(message, model, self._max_prompt_bytes)
         line.request_id = request.request_id
         with self._admission.admit(request.request_id) as active:
-            prompt_ids = await self._encode(request.prompt)
+            prompt_ids = await self._encode(request.prompt, model.vocab_size)
             line.num_prompt_tokens = len(prompt_ids)
             stream = self._make_stream(request, prompt_ids, context.time_remaining())
             try:
@@ -77,15 +77,22 @@ class GenerateCall:
                 line.num_output_tokens = stream.num_released
                 stream.close()
 
-    async def _encode(self, prompt: TextPrompt | ChatPrompt | TokenPrompt) -> list[int]:
+    async def _encode(
+        self, prompt: TextPrompt | ChatPrompt | TokenPrompt, vocab_size: int
+    ) -> list[int]:
         if isinstance(prompt, TokenPrompt):
             return prompt.token_ids
         token_ids = await self._peers.tokenizer().encode(prompt)
-        if not token_ids:
-            field = "text" if isinstance(prompt, TextPrompt) else "chat"
-            violation = FieldViolation(field, "expected at least 1 token, got none")
-            raise InvalidRequestError([violation])
-        return token_ids
+        if token_ids and max(token_ids) < vocab_size:
+            return token_ids
+        problem = "expected at least 1 token, got none"
+        if token_ids:
+            problem = (
+                f"expected a text of tokens that the model knows (ids from 0 to {vocab_size - 1}), "
+                f"got one of id {max(token_ids)}"
+            )
+        field = "text" if isinstance(prompt, TextPrompt) else "chat"
+        raise InvalidRequestError([FieldViolation(field, problem)])
 
     def _make_stream(
         self, request: GenerationRequest, prompt_ids: list[int], time_remaining_s: float | None

@@ -29,8 +29,8 @@ class ServedModel:
 class Peers:
     """All links, and the numbers of the streams that run over them.
 
-    Engine and tokenizer *agree* when they were started with the same tokenizer.json, and the
-    engine takes each of its ids. It may take more: vocabularies are padded.
+    Engine and tokenizer *agree* when they were started with the same tokenizer. Their numbers of
+    ids may differ: models are padded, and tokenizers get tokens that their model never learned.
     """
 
     def __init__(
@@ -74,10 +74,9 @@ class Peers:
         tokenizers = [link.welcome for link in self.tokenizer_links if link.welcome]
         cause = f"the {'tokenizer' if engines else 'engine'} is not ready"
         for engine, tokenizer in itertools.product(engines, tokenizers):
-            disagreement = _disagreement(engine, tokenizer)
-            if disagreement is None:
+            if engine.tokenizer_hash == tokenizer.tokenizer_hash:
                 return ServedModel(engine, tokenizer)
-            cause = disagreement
+            cause = "engine and tokenizer were started with different model folders"
         raise _not_ready(cause)
 
     def route(self, request: GenerationRequest) -> EngineLink:
@@ -112,18 +111,6 @@ class Peers:
     def next_stream_number(self) -> int:
         """A number that no open stream has: 32 bits last for longer than any stream."""
         return next(self._numbers) & 0xFFFFFFFF
-
-
-def _disagreement(engine: EngineWelcome, tokenizer: TokenizerWelcome) -> str | None:
-    """Why the two cannot serve a model together; None where they can."""
-    if engine.tokenizer_hash != tokenizer.tokenizer_hash:
-        return "engine and tokenizer were started with different model folders"
-    if engine.vocab_size < tokenizer.vocab_size:
-        return (
-            f"the model takes {engine.vocab_size} token ids and its tokenizer makes "
-            f"{tokenizer.vocab_size}: repair the model folder"
-        )
-    return None
 
 
 def _not_ready(cause: str) -> MiniInferError:
