@@ -55,7 +55,6 @@ def test_absent_keys_take_the_defaults_of_transformers(tmp_path: Path, architect
     assert config.attention_scale == scalar**-0.5
     assert config.logit_softcap == getattr(reference, "final_logit_softcapping", None)
     assert config.checkpoint_dtype == "float32"
-    assert config.bos_token_id is None
     assert config.eos_token_ids == ()
 
     kinds = getattr(reference, "layer_types", None)
@@ -95,6 +94,11 @@ def test_biases(tmp_path: Path, architecture: str) -> None:
         ("LlamaForCausalLM", {"sliding_window": 5}, [None] * 4),
         ("MistralForCausalLM", {"sliding_window": 5}, [5] * 4),
         ("MistralForCausalLM", {"sliding_window": None}, [None] * 4),
+        (
+            "MistralForCausalLM",  # which transformers calls Ministral then
+            {"sliding_window": 5, "layer_types": [SLIDING, FULL, SLIDING, FULL]},
+            [5, None, 5, None],
+        ),
         ("Phi3ForCausalLM", {"sliding_window": 5}, [5] * 4),
         ("Qwen2ForCausalLM", {"sliding_window": 5}, [None] * 4),
         ("Qwen2ForCausalLM", {"sliding_window": 5, "use_sliding_window": True}, [None] * 4),

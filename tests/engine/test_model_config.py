@@ -49,7 +49,6 @@ def test_reads_every_value(tmp_path: Path) -> None:
         logit_softcap=None,
         checkpoint_dtype="bfloat16",
         eos_token_ids=(2,),
-        bos_token_id=1,
     )
 
 
@@ -64,6 +63,20 @@ def test_bundled_models_are_readable() -> None:
 def test_newer_dtype_key_wins(tmp_path: Path) -> None:
     config = read_changed(tmp_path, dtype="float16", torch_dtype="float32")
     assert config.checkpoint_dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "expected"),
+    [
+        ({"torch_dtype": "torch.float16"}, "checkpoint_dtype", "float16"),
+        ({"hidden_act": "swish"}, "activation", "silu"),
+        ({"hidden_act": "gelu_new"}, "activation", "gelu_pytorch_tanh"),
+    ],
+)
+def test_other_names_of_the_same(
+    tmp_path: Path, changes: dict[str, object], field: str, expected: str
+) -> None:
+    assert getattr(read_changed(tmp_path, **changes), field) == expected
 
 
 def test_unknown_keys_are_ignored(tmp_path: Path) -> None:
@@ -131,8 +144,6 @@ NOT_NUMBERS = ["1", True, -1.0, [1], float("nan"), float("inf"), 10**400]
         ("eos_token_id", True),
         ("eos_token_id", [2, 64]),
         ("eos_token_id", [[2]]),
-        ("bos_token_id", 64),
-        ("bos_token_id", [1]),
         ("rope_scaling", "linear"),
         ("rope_parameters", [10000.0]),
     ],
@@ -161,7 +172,10 @@ def test_architectures_error_lists_the_supported(tmp_path: Path) -> None:
         ("Phi3ForCausalLM", "modeling_phi3.Phi3ForCausalLM", False),
         ("LlamaForCausalLM", PUBLISHED_CODE, False),
         ("LlamaForCausalLM", {"AutoModelForCausalLM": "modeling.LlamaForCausalLM"}, False),
-        ("LlamaForCausalLM", {}, False),
+        ("Phi3ForCausalLM", {"AutoConfig": "microsoft/Phi--configuration_phi3.Phi3Config"}, True),
+        ("Phi3ForCausalLM", {"AutoConfig": "someone/Phi--configuration_phi3.Other"}, False),
+        ("LlamaForCausalLM", {}, True),
+        ("LlamaForCausalLM", {"AutoTokenizer": ["tokenization.Own", None]}, True),
     ],
 )
 def test_code_in_the_folder_is_never_run(

@@ -151,6 +151,19 @@ def test_gemma_3_turns_sliding_layers_otherwise(tmp_path: Path) -> None:
     assert older.layer_ropes[5] == LinearRope(theta=2e6, rotary_dim=8, factor=8.0)
 
 
+def test_the_original_context_of_gemma_3_stands_in_its_object_alone(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e6}
+    for given, expected in (({}, 128), ({"original_max_position_embeddings": 32}, 32)):
+        config = read_changed(
+            tmp_path,
+            **GEMMA_3,
+            rope_parameters={"full_attention": yarn | given},
+            original_max_position_embeddings=64,
+        )
+        assert isinstance(rope := config.layer_ropes[5], YarnRope)
+        assert rope.original_max_positions == expected
+
+
 @pytest.mark.parametrize(
     ("rope", "max_context"),
     [

@@ -115,6 +115,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         qkv_bias=False,
         sliding_window=4096,
         layer_kinds=_all_sliding,
+        has_layer_types=True,
     ),
     "Qwen2ForCausalLM": Architecture(
         num_kv_heads=32,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import structlog
 import torch
@@ -25,6 +26,7 @@ from mini_infer_engine.model_runner import EagerForward, Forward, ModelRunner
 from mini_infer_engine.models import MODELS
 from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
 from mini_infer_engine.served_model import ServedModel, read_served_model
+from mini_infer_engine.tied_weights import with_stored_ties
 from mini_infer_engine.trial_run import (
     largest_prompts,
     num_trial_blocks,
@@ -88,10 +90,13 @@ def build_engine(
     device = _choose_device(config.device)
     dtype_name = _choose_dtype(config, device)
     served = read_served_model(config, dtype_name)
+    served = replace(served, config=with_stored_ties(served.config, config.model_folder))
     dtype: torch.dtype = getattr(torch, dtype_name)
     model_class = MODELS[served.config.architecture]
     nowhere = Backend(REFERENCE, dtype, torch.device("meta"))
-    check_weights(model_class(served.config, nowhere, num_positions=1), config.model_folder)
+    outline = model_class(served.config, nowhere, num_positions=1)
+    check_weights(outline, config.model_folder)
+    _check_memory(outline.num_bytes, dtype_name, device)
     # Of whole blocks: merged steps go beyond a row's end, though not beyond its last block.
     num_positions = -(-served.max_model_len // config.block_size) * config.block_size
     backend = Backend(REFERENCE, dtype, device)
@@ -133,6 +138,16 @@ def build_engine(
     )
     token_s = seconds_per_token(runner, served.max_model_len - 1)
     return Engine(served, pool, Scheduler(pool, limits), runner, model, token_s)
+
+
+def _check_memory(num_weight_bytes: int, dtype: str, device: torch.device) -> None:
+    """Refuses a model that would end in the middle of its allocation."""
+    memory = _memory_bytes(device)
+    if num_weight_bytes > memory:
+        raise ConfigError(
+            f"the weights take {num_weight_bytes} bytes as {dtype}, and {memory} are free on "
+            f"{device}: choose a smaller model, a machine with more memory, or a dtype of 16 bits"
+        )
 
 
 def _make_recorded_runner(
@@ -208,8 +223,12 @@ def _choose_num_blocks(
 
 
 def _memory_bytes(device: torch.device) -> int:
+    """Memory that can be taken; on a CPU what the system can make free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -39,6 +39,8 @@ _NEUTRAL_VALUES = {
     "forced_eos_token_id": (),
     "sequence_bias": (),
     "exponential_decay_length_penalty": (),
+    "stop_strings": (),
+    "watermarking_config": (),
 }
 """Keys that change the output of `transformers` and are not applied here, with the values, null
 and empty ones aside, that change nothing."""

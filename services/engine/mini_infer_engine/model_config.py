@@ -25,6 +25,7 @@ CONFIG_FILE = "config.json"
 SUPPORTED_ARCHITECTURES = tuple(ARCHITECTURES)
 CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+_ACTIVATION_SYNONYMS = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 
 # Above what any published model has, and low enough that no product of two overflows 64 bits.
 MAX_VOCAB_SIZE = 2**24
@@ -65,7 +66,6 @@ class ModelConfig:
         logit_softcap: Likewise for the logits.
         checkpoint_dtype: Type that the weights were saved in; one of `CHECKPOINT_DTYPES`.
         eos_token_ids: Ids that end a sequence.
-        bos_token_id: Id that begins a sequence.
     """
 
     architecture: str
@@ -89,7 +89,6 @@ class ModelConfig:
     logit_softcap: float | None
     checkpoint_dtype: str
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
     @property
     def num_layers(self) -> int:
@@ -158,7 +157,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=fields.integer("intermediate_size", 1, MAX_INTERMEDIATE_SIZE),
-        activation=fields.choice(rules.activation_key, ACTIVATIONS, default=rules.activation),
+        activation=_activation(fields, rules),
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -179,7 +178,6 @@ def read_model_config(folder: Path) -> ModelConfig:
         ),
         checkpoint_dtype=_checkpoint_dtype(fields),
         eos_token_ids=read_eos_token_ids(folder, fields, vocab_size),
-        bos_token_id=fields.optional_integer("bos_token_id", 0, vocab_size - 1),
     )
     if config.num_parameters > MAX_PARAMETERS:
         raise ModelFolderError(
@@ -232,9 +230,10 @@ def _check_code(fields: ConfigFields, published: frozenset[str]) -> None:
     names = fields.get("auto_map")
     if names is None:
         return
-    if isinstance(names, dict) and published:
-        models = {key: name for key, name in names.items() if key != "AutoTokenizer"}
-        if all(isinstance(name, str) and name in published for name in models.values()):
+    if isinstance(names, dict):
+        models = [name for key, name in names.items() if key != "AutoTokenizer"]
+        # A copy of a folder names the repository that its code came from: org/name--file.Class.
+        if all(isinstance(name, str) and name.rpartition("--")[2] in published for name in models):
             return
     raise fields.error("auto_map", "absent, since code from a model folder is never run")
 
@@ -292,6 +291,12 @@ def _attention_scale(fields: ConfigFields, rules: Architecture, head_dim: int) -
     return float(scalar**-0.5)
 
 
+def _activation(fields: ConfigFields, rules: Architecture) -> str:
+    known = (*ACTIVATIONS, *_ACTIVATION_SYNONYMS)
+    name = fields.choice(rules.activation_key, known, default=rules.activation)
+    return _ACTIVATION_SYNONYMS.get(name, name)
+
+
 def _softcap(fields: ConfigFields, key: str, counts: bool, default: float | None) -> float | None:
     """Reads a soft cap where the architecture has one; null means none."""
     if not counts:
@@ -300,5 +305,6 @@ def _softcap(fields: ConfigFields, key: str, counts: bool, default: float | None
 
 
 def _checkpoint_dtype(fields: ConfigFields) -> str:
-    older = fields.choice("torch_dtype", CHECKPOINT_DTYPES, default="float32")
-    return fields.choice("dtype", CHECKPOINT_DTYPES, default=older)
+    known = (*CHECKPOINT_DTYPES, *(f"torch.{name}" for name in CHECKPOINT_DTYPES))
+    older = fields.choice("torch_dtype", known, default="float32")
+    return fields.choice("dtype", known, default=older).removeprefix("torch.")

@@ -213,6 +213,9 @@ class _RopeReader:
     def _original(self, fields: ConfigFields) -> int:
         key = "original_max_position_embeddings"
         inner = fields.integer(key, 1, MAX_POSITIONS, default=self._max_positions)
+        if self._architecture.local_rope_theta is not None:
+            return inner
+        # Beside a single object, the one outside wins.
         default = self._architecture.original_max_positions or inner
         return self._config.integer(key, 1, MAX_POSITIONS, default=default)
 

@@ -121,6 +121,11 @@ class CausalLM:
                 found[f"model.layers.{index}.{name}"] = tensor
         return found
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights, on whatever device."""
+        return sum(tensor.nbytes for tensor in self.destinations().values())
+
     def free(self) -> None:
         """Gives the weights' memory back, whoever else refers to them; the model is gone then."""
         for tensor in self.destinations().values():
