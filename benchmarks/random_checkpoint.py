@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mini_infer.model_folder import INDEX_FILE, SINGLE_FILE
 from mini_infer_engine.layers.backend import Backend
 from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.models import MODELS
-from mini_infer_engine.weight_files import INDEX_FILE, SINGLE_FILE
 from mini_infer_kernels.kernel_set import REFERENCE
 from safetensors.torch import save_file
 

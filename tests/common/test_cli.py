@@ -111,13 +111,19 @@ def test_version(run: RunMain) -> None:
         (["tokenizer"], "Missing option '--address'"),
         (["tokenizer", "--address=tcp://*:5555"], "processes talk over ipc:// only"),
         (["engine", "--address=ipc:///x", "--model=/no/model"], "/no/model"),
+        (["engine", "--address=ipc:///x", f"--model={'x' * 5000}"], "too long: pass a shorter"),
+        (
+            ["tokenizer", "--address=ipc:///x", f"--model=/{'x/' * 2500}"],
+            "too long: pass a shorter",
+        ),
+        (["serve", "--model=https://huggingface.co/org/name/tree/main"], "a URL: pass org/name"),
         (["engine", "--address=ipc:///x", "--revision=v1"], "revision v1 is of a Hub id"),
         (["serve", "--port=0", "--revision=v1"], "revision v1 is of a Hub id"),
         (["gateway"], "needs the address of an engine and of a tokenizer"),
         (["generate", "--address=127.0.0.1:1", "Hi"], "start one with `mini-infer serve`"),
         (["chat", "--address=127.0.0.1:1"], "start one with `mini-infer serve`"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_errors_are_one_sentence(arguments: list[str], message: str) -> None:
     done = subprocess.run(
@@ -232,7 +238,9 @@ def test_doctor_finds_nothing_missing_here(run: RunMain) -> None:
 @pytest.mark.parametrize(
     ("flags", "remedy"),
     [
-        (["--model=/no/such/model"], "pass --model with a model folder"),
+        (["--model=/no/such/model"], "pass the path of a model folder, or a Hub id"),
+        ([f"--model={tempfile.gettempdir()}"], "pass --model with a model folder"),
+        ([f"--model={'x' * 5000}"], "pass a shorter path"),
         (["--model=/no/such/model", "--revision=v1"], "no --revision"),
         (["--device=cuda"], "install a CUDA build of torch"),
     ],

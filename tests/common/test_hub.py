@@ -51,7 +51,6 @@ def test_shards_are_those_that_the_index_names(hub: StandInHub, resolve: Resolve
         "e": "original/model.safetensors",
         "f": "*.safetensors",
         "g": "pytorch_model.bin",
-        "h": 5,
     }
     index = {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
     hub.add("org/name", {**SMALL, **UNWANTED, **index, shards[0]: WEIGHTS, shards[1]: b"small"})
@@ -152,7 +151,7 @@ def test_a_connection_that_breaks_is_taken_up_again(
 
 
 def test_ctrl_c_ends_a_download_at_once(hub: StandInHub, environment: dict[str, str]) -> None:
-    hub.add("org/name", {**SMALL, "model.safetensors": WEIGHTS})
+    hub.add("org/name", {**demo_files(), "model.safetensors": WEIGHTS})
     hub.cut_after["model.safetensors"] = 20_000
     hub.stalls = True
     with subprocess.Popen(
@@ -174,7 +173,7 @@ def test_an_interrupted_download_keeps_what_is_complete(hub: StandInHub, resolve
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     weight_map = dict(zip("ab", shards, strict=True))
     index = {"model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
-    repository = hub.add("org/name", {**index, shards[0]: WEIGHTS})
+    repository = hub.add("org/name", {**SMALL, **index, shards[0]: WEIGHTS})
     repository.listed[shards[1]] = 4
     assert "answered 404" in resolve().error
     repository.commits[repository.refs["main"]][shards[1]] = b"late"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from common.stand_in_hub import SMALL, TOKEN, WEIGHTS, Repository, Resolve, StandInHub
-from mini_infer.config import EngineConfig, TokenizerConfig
+from common.stand_in_hub import SMALL, TOKEN, WAIT_S, WEIGHTS, Repository, Resolve, StandInHub
+from mini_infer.config import EngineConfig, TokenizerConfig, bundled_model
 from mini_infer.errors import ConfigError
 from mini_infer.hub import is_hub_id, resolve_model, with_local_model
 
@@ -22,6 +26,28 @@ def refuse(status: int, code: str = "") -> Callable[[Repository], None]:
 def only(**files: bytes) -> Callable[[Repository], None]:
     def change(repository: Repository) -> None:
         repository.commit({name.replace("__", "."): data for name, data in files.items()})
+
+    return change
+
+
+def without(*names: str) -> Callable[[Repository], None]:
+    def change(repository: Repository) -> None:
+        repository.commit({name: data for name, data in SMALL.items() if name not in names})
+
+    return change
+
+
+def weights_of_size(size: Any) -> Callable[[Repository], None]:
+    def change(repository: Repository) -> None:
+        repository.commit(SMALL)
+        repository.listed["model.safetensors"] = size
+
+    return change
+
+
+def index(content: bytes) -> Callable[[Repository], None]:
+    def change(repository: Repository) -> None:
+        repository.commit({**SMALL, "model.safetensors.index.json": content})
 
     return change
 
@@ -43,7 +69,19 @@ def list_also(*names: str) -> Callable[[Repository], None]:
         (refuse(500), "", ["answered 500", "try again later"]),
         (only(), "v9", ["no branch, tag or commit v9", "--revision"]),
         (only(), "../main", ["'../main' is no name of a branch"]),
-        (only(pytorch_model__bin=b""), "", ["neither model.safetensors nor", "pickled ones"]),
+        (without(), "", ["neither model.safetensors nor", "pickled ones"]),
+        (without("config.json"), "", ["has no config.json: choose"]),
+        (
+            without("config.json", "tokenizer.json"),
+            "",
+            ["has no config.json and no tokenizer.json: choose"],
+        ),
+        (weights_of_size(None), "", ["unusable answer", "a file of None bytes"]),
+        (weights_of_size("5"), "", ["unusable answer", "a file of '5' bytes"]),
+        (weights_of_size(1.5), "", ["unusable answer"]),
+        (weights_of_size(-5), "", ["unusable answer", "a file of -5 bytes"]),
+        (index(b'{"weight_map": {"a": 5}}'), "", ["weight_map must be", "Expected `str`"]),
+        (index(b"{"), "", ["index.json is not valid JSON"]),
         (
             list_also("additional_chat_templates/../../../evil.jinja"),
             "",
@@ -69,6 +107,50 @@ def test_what_cannot_be_had_is_one_sentence(
     outside = {path.name for path in tmp_path.iterdir()}
     assert outside <= {"hf"}
     assert not list(tmp_path.rglob("*evil*"))
+
+
+IN_PROCESS = "from mini_infer import *; LLMEngine(EngineConfig(model='org/name'))"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "mini_infer.cli.main", "serve", "--port=0", "--model=org/name"],
+        ["-m", "mini_infer.cli.main", "engine", "--address=ipc:///x", "--model=org/name"],
+        ["-c", IN_PROCESS],
+    ],
+    ids=["serve", "engine", "in process"],
+)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization"),
+    ],
+)
+def test_no_weights_are_fetched_of_a_model_that_cannot_run(
+    hub: StandInHub,
+    environment: dict[str, str],
+    arguments: list[str],
+    changed: dict[str, object],
+    message: str,
+) -> None:
+    config = json.loads((bundled_model("demo") / "config.json").read_bytes()) | changed
+    files = {**SMALL, "config.json": json.dumps(config).encode(), "model.safetensors": WEIGHTS}
+    files["generation_config.json"] = b"{}"
+    hub.add("org/name", files)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert message in done.stderr.splitlines()[-1]
+    assert arguments[0] == "-c" or (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "config.json" in hub.fetched()
+    assert "model.safetensors" not in hub.fetched()
 
 
 def test_without_network_nothing_is_guessed(hub: StandInHub, resolve: Resolve) -> None:

@@ -16,9 +16,7 @@ DOCUMENTS = (
     *READMES,
     "CHANGELOG.md",
     "CONTRIBUTING.md",
-    "docs/architecture.md",
-    "docs/cli.md",
-    "docs/development.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 )
 ADDRESS = "127.0.0.1:50051"
 TIMEOUT_S = 100.0

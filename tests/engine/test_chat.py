@@ -93,6 +93,28 @@ def test_bad_chats_are_typed_errors_and_the_engine_goes_on(engine: LLMEngine) ->
     assert prompt(engine, chat_template="plain") == "[Hi]"
 
 
+@pytest.mark.parametrize(
+    "chats", [USER, iter([USER]), "Hi", [iter([USER])]], ids=["dict", "iterator", "text", "list"]
+)
+def test_what_is_no_list_of_messages_is_told(engine: LLMEngine, chats: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="expected a list of messages, got "):
+        engine.chat(chats, max_tokens=1)
+
+
+def test_messages_need_what_a_server_asks_for(engine: LLMEngine) -> None:
+    for message in ({"role": "user"}, {"role": "", "content": "a"}):
+        with pytest.raises(InvalidRequestError, match=r"chat\.messages\[0\]"):
+            prompt(engine, message)
+    assert (
+        prompt(
+            engine,
+            {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+            chat_template="plain",
+        )
+        == "[Hi]"
+    )
+
+
 def test_a_template_that_does_not_compile_is_told_at_the_first_chat(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, default="{% if %}")
     with LLMEngine(EngineConfig(model=str(folder))) as engine:
@@ -108,5 +130,6 @@ def test_closing_ends_the_template_process() -> None:
         engine.chat([USER], max_tokens=1)
         assert len(set(psutil.Process().children()) - before) == 1
     assert set(psutil.Process().children()) <= before
-    with pytest.raises(RuntimeError, match="closed"):
-        engine.chat([USER], max_tokens=1)
+    for use in (lambda: engine.chat([USER]), lambda: engine.generate("Once")):
+        with pytest.raises(RuntimeError, match="this LLMEngine is closed: make a new one"):
+            use()

@@ -1,12 +1,14 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mini_infer.errors import ModelFolderError
-from mini_infer.model_folder import read_json_object
+from mini_infer.model_folder import MAX_INDEX_BYTES, read_json_object
 from mini_infer_engine.weight_files import MAX_HEADER_BYTES, StoredTensor, read_headers
 from safetensors.torch import save_file
 
@@ -148,11 +150,11 @@ def test_huge_header_is_refused_unread(tmp_path: Path) -> None:
         ("..\\model.safetensors", "points outside the model folder"),
         ("model-00003-of-00003.safetensors", "which is missing"),
         ("nul\0.safetensors", "which is missing"),
-        ("\ud800.safetensors", "which is missing"),
+        ("\ud800.safetensors", "not valid JSON"),
         ("x" * 5000 + ".safetensors", "which is missing"),
         ("pytorch_model.bin", "expected names of .safetensors files"),
-        (3, "expected names of .safetensors files"),
-        (None, "expected names of .safetensors files"),
+        (3, "weight_map must be"),
+        (None, "weight_map must be"),
         ("model-00001-of-00002.safetensors", "which lacks it"),
     ],
 )
@@ -164,15 +166,61 @@ def test_bad_index_entry_is_refused(tmp_path: Path, name: object, message: str) 
     ("index", "message"),
     [
         ("", "not valid JSON"),
-        ("[]", "must hold a JSON object"),
+        ("[]", "weight_map must be"),
         ("{}", "weight_map must be"),
         ('{"weight_map": []}', "weight_map must be"),
-        ('{"weight_map": {}}', "weight_map must be"),
+        ('{"weight_map": {}}', "weight_map must name"),
+        ('{"weight_map": ' + "[" * 1_000_000, "index.json"),
+        ('{"metadata": ' + "[" * 1_000_000, "index.json"),
+        ('{"weight_map": {"a": "' + "x" * 1_000_000 + '"}}', "expected names of"),
     ],
 )
 def test_damaged_index_is_refused(tmp_path: Path, index: str, message: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     assert message in refusal(tmp_path)
+    assert len(refusal(tmp_path)) < 1000
+
+
+PEAK = r"""
+import re, sys
+from pathlib import Path
+from mini_infer_engine.weight_files import read_headers
+
+def peak_bytes():
+    # Of this process alone, unlike ru_maxrss, which begins with that of its parent.
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = peak_bytes()
+try:
+    read_headers(Path(sys.argv[1]))
+except Exception as error:
+    print(type(error).__name__, peak_bytes() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "entry", "after"),
+    [
+        ('{"weight_map": {', '"%x":"",', '"a": ""}}'),
+        ('{"other": [', "{},", '{}], "weight_map": {"a": ""}}'),
+        ('{"weight_map": [', "{},", "{}]}"),
+    ],
+    ids=["names", "other keys", "no names"],
+)
+def test_a_hostile_index_takes_little_memory(
+    tmp_path: Path, before: str, entry: str, after: str
+) -> None:
+    num_entries = (MAX_INDEX_BYTES - 100) // (len(entry) + 4 * entry.count("%"))
+    entries = (entry % index if "%" in entry else entry for index in range(num_entries))
+    content = "".join([before, *entries, after])
+    assert MAX_INDEX_BYTES // 2 < len(content) <= MAX_INDEX_BYTES
+    (tmp_path / INDEX).write_text(content)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True
+    )
+    error, num_bytes = done.stdout.split()
+    assert error == "ModelFolderError"
+    assert int(num_bytes) < 2**29
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,30 @@ LONG = '{"a": "' + "x" * 1000 + '"}'
             id="kwargs with NaN",
         ),
         pytest.param(
+            {"chat": chat(message("user", HELLO), template_kwargs_json=LONG)},
+            ("chat", TOO_LARGE),
+            id="large kwargs as JSON",
+        ),
+        pytest.param(
+            {"chat": chat(message("user", HELLO), template_kwargs_json="")},
+            ("chat.template_kwargs_json", INVALID),
+            id="empty kwargs",
+        ),
+        pytest.param(
+            {"chat": chat(message("user", HELLO), template_kwargs_json="[1]")},
+            ("chat.template_kwargs_json", INVALID),
+            id="kwargs that are no object",
+        ),
+        pytest.param(
+            {
+                "chat": chat(
+                    message("user", HELLO), template_kwargs={}, template_kwargs_json='{"a": 1}'
+                )
+            },
+            ("chat.template_kwargs", INVALID),
+            id="kwargs in two ways",
+        ),
+        pytest.param(
             {"chat": chat(message("user", HELLO), chat_template="x" * 1001)},
             ("chat", TOO_LARGE),
             id="large template name",
@@ -207,6 +231,32 @@ LONG = '{"a": "' + "x" * 1000 + '"}'
 )
 def test_bad_field_is_named(fields: dict[str, Any], expected: tuple[str, ErrorReason]) -> None:
     assert violations_of(**fields) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r'{"a": "\ud800"}', "half of a surrogate pair"),
+        (r'{"a": "\udC00\ud83d\ude00"}', "half of a surrogate pair"),
+        (r'{"a": "\ud83d\ude00"', "truncated"),
+        ("[" * 900, "JSON object"),
+        ('{"a":' * 100_000, "less deep"),
+    ],
+    ids=["surrogate", "second half", "pair", "list", "depth"],
+)
+def test_bad_json_is_explained(text: str, expected: str) -> None:
+    message_of_all = pb2.GenerateRequest(chat=chat(message("user", HELLO), tools_json=[text]))
+    with pytest.raises(InvalidRequestError, match=expected):
+        check_generate(message_of_all, ENGINE_WELCOME, 10**6)
+
+
+@pytest.mark.parametrize("field", ["tools", "template_kwargs"])
+def test_large_structs_are_told_their_other_field_once(field: str) -> None:
+    large = as_struct(a="x" * 2**17)
+    given = chat(message("u"), **{field: [large] if field == "tools" else large})
+    with pytest.raises(InvalidRequestError) as caught:
+        check_generate(pb2.GenerateRequest(chat=given), ENGINE_WELCOME, MAX_PROMPT_BYTES)
+    assert caught.value.message.count(f"{field}_json") == 1
 
 
 @pytest.mark.parametrize(

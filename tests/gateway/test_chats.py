@@ -110,7 +110,7 @@ async def test_a_continued_message(served: RunningGateway) -> None:
     assert text == "[Hi][Once "
 
 
-@pytest.mark.parametrize("value", ["glad", 7, 0.5, True, [1, {"b": None}]])
+@pytest.mark.parametrize("value", ["glad", 7, 0.5, 1.0, 2**60, True, {"z": 1, "a": [{}]}])
 async def test_template_kwargs(served: RunningGateway, value: Any) -> None:
     told = (await seen(served, template_kwargs={"mood": value}))["mood"]
     assert json.dumps(told) == json.dumps(value)

@@ -97,6 +97,7 @@ async def test_chat_prompt(served: RunningGateway, engine: StandInEngine) -> Non
 
 
 @exercises("Chat.tools", "Chat.tools_json", "Chat.documents_json", "Chat.template_kwargs")
+@exercises("Chat.template_kwargs_json")
 @exercises("Chat.chat_template", "Chat.continue_final_message")
 @exercises("ChatMessage.name", "ChatMessage.tool_call_id", "ChatMessage.reasoning_content")
 @exercises("ChatMessage.tool_calls", "ToolCall.id", "ToolCall.function_name")
@@ -121,6 +122,8 @@ async def test_chat_fields_reach_the_template(
     assert await prompt_of(pb2.Chat(tools_json=['{"b":1,"a":2}'])) == 'TOOLS [{"b": 1, "a": 2}]'
     assert '[{"text": "x"}]' in await prompt_of(pb2.Chat(documents_json=['{"text":"x"}']))
     assert '"mood": "glad"' in await prompt_of(pb2.Chat(template_kwargs=kwargs))
+    as_json = pb2.Chat(template_kwargs_json='{"mood": {"b": 1.0, "a": 1}}')
+    assert '"mood": {"b": 1.0, "a": 1}' in await prompt_of(as_json)
     assert await prompt_of(pb2.Chat(chat_template="plain")) == "[Hi]"
     plain = pb2.Chat(chat_template="plain", continue_final_message=True)
     assert await prompt_of(plain) == "[Hi"

@@ -14,7 +14,6 @@ from mini_infer.errors import ErrorReason, InvalidRequestError, MiniInferError, 
 from mini_infer.messages import EncodeChat, WireChatMessage
 from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.template_rendering import MAX_RENDERED_CHARACTERS, TemplateSet
-from mini_infer_tokenizer.template_sources import MAX_TEMPLATE_BYTES, read_chat_templates
 
 SPECIAL = {"bos_token": "<s>", "image_token": "<image>"}
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
@@ -114,7 +113,10 @@ class TestContinuation:
         assert caught.value.reason is ErrorReason.CHAT_TEMPLATE_FAILED
 
     def test_nothing_to_continue(self) -> None:
-        refusal("x", [{"role": "assistant"}], continue_final_message=True)
+        message = {"role": "assistant", "reasoning_content": "Hm"}
+        with pytest.raises(InvalidRequestError) as caught:
+            render("x", [*MESSAGES, message], continue_final_message=True)
+        assert [each.field for each in caught.value.violations] == ["chat.messages[2].content"]
 
     def test_an_opening_behind_it_is_refused(self) -> None:
         with pytest.raises(InvalidRequestError) as caught:
@@ -132,9 +134,10 @@ class TestContinuation:
 
 class TestMessages:
     def test_what_is_absent_has_no_key(self) -> None:
-        assert render("{{ messages | tojson }}", [{"role": "user", "content": None}]) == (
-            '[{"role": "user"}]'
-        )
+        message = {"role": "assistant", "content": None, "reasoning_content": "Hm"}
+        assert json.loads(render("{{ messages | tojson }}", [message])) == [
+            {"thinking": "Hm", "role": "assistant", "reasoning_content": "Hm"}
+        ]
 
     def test_all_fields(self) -> None:
         calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"b": 1}}}]
@@ -173,6 +176,35 @@ class TestMessages:
                     TemplateSet({"default": "x"}, {}).render(chat)
                 assert caught.value.reason is ErrorReason.INVALID_FIELD
 
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ("1e999", "finite"),
+            ("-1e999", "finite"),
+            ("Infinity", "finite"),
+            ("NaN", "finite"),
+            ("9" * 4301, "at most 4300 digits"),
+            ("[" * 100_000 + "]" * 100_000, "less deep"),
+            (r'"\ud800"', "half of a surrogate pair"),
+            (r'"\uDFFF\ud83d"', "half of a surrogate pair"),
+            (r'{"\ud800": 1}', "half of a surrogate pair"),
+        ],
+        ids=lambda value: value[:20],
+    )
+    def test_json_of_what_cannot_be_written(self, value: str, message: str) -> None:
+        chat = EncodeChat(0, [WireChatMessage("user", "")], True, tools=[f'{{"a": {value}}}'])
+        with pytest.raises(MiniInferError, match=message) as caught:
+            TemplateSet({"default": "x"}, {}).render(chat)
+        assert caught.value.reason is ErrorReason.INVALID_FIELD
+        assert "set_int_max_str_digits" not in caught.value.message
+
+    @pytest.mark.parametrize("value", ["9" * 4300, "1e308", r'"\ud83d\ude00"', r'"\\ud800"'])
+    def test_json_that_just_can(self, value: str) -> None:
+        text = f'{{"a": {value}}}'
+        chat = EncodeChat(0, [WireChatMessage("user", "")], True, tools=[text])
+        written = TemplateSet({"default": "{{ tools[0] | tojson }}"}, {}).render(chat)
+        assert json.loads(written) == json.loads(text)
+
 
 @pytest.mark.parametrize(
     ("messages", "options", "field"),
@@ -181,7 +213,7 @@ class TestMessages:
         ([{"content": "a"}], {}, "chat.messages[0]"),
         (["Hi"], {}, "chat.messages[0]"),
         ([*MESSAGES, {"role": "user", "text": "a"}], {}, "chat.messages[2]"),
-        ([{"role": "user", "content": ["a"]}], {}, "chat.messages[0].content"),
+        ([{"role": "user", "content": 3}], {}, "chat.messages[0].content"),
         (
             [{"role": "a", "tool_calls": [{"function": {"arguments": {}}}]}],
             {},
@@ -230,6 +262,13 @@ def test_failure_is_typed_and_in_the_templates_words(source: str, message: str) 
     assert caught.value.reason is ErrorReason.CHAT_TEMPLATE_FAILED
 
 
+@pytest.mark.parametrize("source", ["{{ 1 | nothing }}", "{{ 1 is nothing }}", "{% nothing %}"])
+def test_unknown_name_is_told_with_its_line_in_one(source: str) -> None:
+    with pytest.raises(MiniInferError, match=r"'nothing'.*\(line 2\)$") as caught:
+        render(f"first\n{source}")
+    assert "\n" not in caught.value.message
+
+
 def test_longest_allowed_text_is_rendered() -> None:
     messages = [{"role": "user", "content": "x" * MAX_RENDERED_CHARACTERS}]
     assert len(render("{{ messages[0].content }}", messages)) == MAX_RENDERED_CHARACTERS
@@ -238,65 +277,6 @@ def test_longest_allowed_text_is_rendered() -> None:
 def test_a_generation_block_is_its_content_in_a_scope_of_its_own() -> None:
     source = "{% generation %}{% set x = 1 %}a{{ x }}{% endgeneration %}{{ x is defined }}"
     assert render(source) == "a1False"
-
-
-class TestSources:
-    def test_files_come_before_configs(self, tmp_path: Path) -> None:
-        configure(tmp_path, "from chat_template.json", "chat_template.json")
-        assert read_chat_templates(tmp_path) == {"default": "from chat_template.json"}
-        configure(tmp_path, "from config")
-        assert read_chat_templates(tmp_path) == {"default": "from config"}
-        (tmp_path / "chat_template.jinja").write_text("from file")
-        assert read_chat_templates(tmp_path) == {"default": "from file"}
-
-    def test_named_files_are_beside_the_main_one(self, tmp_path: Path) -> None:
-        configure(tmp_path, [{"name": "rag", "template": "from config"}])
-        folder = tmp_path / "additional_chat_templates"
-        folder.mkdir()
-        (folder / "tool_use.jinja").write_text("T")
-        (folder / "notes.txt").write_text("no template")
-        assert read_chat_templates(tmp_path) == {"tool_use": "T"}
-        (tmp_path / "chat_template.jinja").write_text("D")
-        assert read_chat_templates(tmp_path) == {"default": "D", "tool_use": "T"}
-
-    def test_named_templates_of_the_config(self, tmp_path: Path) -> None:
-        names = ("tool_use", "default")
-        configure(tmp_path, [{"name": each, "template": each.upper()} for each in names])
-        assert read_chat_templates(tmp_path) == {"tool_use": "TOOL_USE", "default": "DEFAULT"}
-
-    @pytest.mark.parametrize("value", [None, []])
-    def test_none(self, tmp_path: Path, value: object) -> None:
-        assert read_chat_templates(tmp_path) == {}
-        configure(tmp_path, value)
-        assert read_chat_templates(tmp_path) == {}
-
-    @pytest.mark.parametrize(
-        "value", [3, [3], [{"name": "default"}], [{"name": 1, "template": "x"}], {"default": "x"}]
-    )
-    def test_damaged(self, tmp_path: Path, value: object) -> None:
-        configure(tmp_path, value)
-        with pytest.raises(ModelFolderError, match=r"tokenizer_config\.json"):
-            read_chat_templates(tmp_path)
-
-    @pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * (MAX_TEMPLATE_BYTES + 1)])
-    def test_no_text_or_too_much(self, tmp_path: Path, content: bytes) -> None:
-        (tmp_path / "chat_template.jinja").write_bytes(content)
-        with pytest.raises(ModelFolderError, match=r"chat_template\.jinja"):
-            read_chat_templates(tmp_path)
-
-    def test_too_long_in_the_config(self, tmp_path: Path) -> None:
-        configure(tmp_path, "x" * (MAX_TEMPLATE_BYTES + 1))
-        with pytest.raises(ModelFolderError, match="at most"):
-            read_chat_templates(tmp_path)
-
-    @pytest.mark.parametrize("num_templates", [256, 257])
-    def test_too_many(self, tmp_path: Path, num_templates: int) -> None:
-        configure(tmp_path, [{"name": f"{n}", "template": ""} for n in range(num_templates)])
-        if num_templates == 256:
-            assert len(read_chat_templates(tmp_path)) == 256
-        else:
-            with pytest.raises(ModelFolderError, match="257"):
-                read_chat_templates(tmp_path)
 
 
 class TestTemplates:
@@ -328,7 +308,9 @@ class TestTemplates:
         templates.close()
 
     def test_what_does_not_compile_is_told_at_the_start(self, folder: Path) -> None:
-        configure(folder, [{"name": "rag", "template": "{% if %}"}])
+        named = folder / "additional_chat_templates"
+        named.mkdir()
+        (named / "rag.jinja").write_text("{% if %}")
         templates = ChatTemplates(folder, SPECIAL)
         with pytest.raises(ModelFolderError, match="'rag' is no template"):
             templates.start()
@@ -339,7 +321,3 @@ class TestTemplates:
         text = templates.render(read_chat(MESSAGES[:1], {}))
         assert text == "<|bos|><|user|>Hi<|end|><|assistant|>"
         templates.close()
-
-
-def configure(folder: Path, value: object, file: str = "tokenizer_config.json") -> None:
-    (folder / file).write_text(json.dumps({"chat_template": value}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from json_mutations import mutate
 from mini_infer.errors import ErrorReason, MiniInferError, ModelFolderError
 from mini_infer_tokenizer.detokenize import Detokenizer
 from mini_infer_tokenizer.encode import TextTokenizer
@@ -55,6 +57,71 @@ def test_mutated_files(model_folders: dict[str, Path], tmp_path: Path, num_files
     assert outcomes["loaded"] > num_files / 5
     assert outcomes["refused"] > num_files / 5
     print(dict(outcomes))
+
+
+CONFIG_VALUES: list[Any] = [
+    *["\ud800", {"content": "\ud800"}, {"\udfff": "a"}, {"\udfff": {"content": "a"}}],
+    *[{"9" * 5000: {"content": "a"}}, {"٣": {"content": "three"}}, {"007": {"content": "agent"}}],
+    *[{"content": "a" * 5000}, {"content": "\0"}, {"content": ["<s>"]}, {"content": "<s>"}],
+    *["<s>", ["<s>", 3, None], {"x_token": {"content": "<x>"}}, {"bos_token": 3}, [[["a"]]]],
+]
+ADDED_TOKEN = {"content": "<t>", "lstrip": True, "rstrip": False, "normalized": True}
+CONFIG: dict[str, Any] = {
+    "add_bos_token": True,
+    "added_tokens_decoder": {
+        str(number): ADDED_TOKEN | {"content": f"<t{number}>", "special": number % 2 == 0}
+        for number in (0, 5, 900)
+    },
+    "additional_special_tokens": ["<|left|>", ADDED_TOKEN],
+    "bos_token": {"__type": "AddedToken"} | ADDED_TOKEN,
+    "eos_token": "</s>",
+    "extra_special_tokens": {"image_token": "<image>"},
+    "model_max_length": 10**30,
+    "split_special_tokens": False,
+    "unk_token": None,
+}
+TOKENS_MAP = {
+    "additional_special_tokens": ["<|right|>"], "bos_token": ADDED_TOKEN, "pad_token": "<pad>"
+}  # fmt: skip
+
+
+def use_configured(folder: Path) -> str:
+    """Loads a folder and uses it; returns why it was refused."""
+    try:
+        tokenizer = TextTokenizer(folder)
+    except ModelFolderError as error:
+        return str(error)
+    written = " ".join(tokenizer.special_tokens.values())
+    ids = tokenizer.encode(f"The fox {written}", add_special_tokens=True)
+    assert max(ids) < tokenizer.vocab_size
+    tokenizer.decode(ids, skip_special_tokens=True).encode()
+    json.dumps(tokenizer.special_tokens, ensure_ascii=False).encode()
+    return ""
+
+
+@pytest.mark.parametrize("num_files", [300, pytest.param(5_000, marks=pytest.mark.slow)])
+def test_mutated_configurations(
+    model_folders: dict[str, Path], tmp_path: Path, num_files: int
+) -> None:
+    shutil.copy(model_folders["word_piece"] / "tokenizer.json", tmp_path)
+    outcomes: Counter[str] = Counter()
+    for seed in range(num_files):
+        generator = random.Random(seed)
+        config = CONFIG.copy()
+        if seed % 2:  # Without this list the map is read.
+            del config["added_tokens_decoder"]
+        for name, value in (
+            ("tokenizer_config.json", config),
+            ("special_tokens_map.json", TOKENS_MAP),
+        ):
+            content = mutate(json.dumps(value).encode(), generator, CONFIG_VALUES)
+            (tmp_path / name).write_bytes(content)
+        refusal = use_configured(tmp_path)
+        outcomes["refused" if refusal else "loaded"] += 1
+        if refusal:
+            assert tmp_path.name in refusal, seed
+            assert len(refusal.encode()) < 1000, seed
+    assert min(outcomes["loaded"], outcomes["refused"]) > num_files / 5, outcomes
 
 
 WORDS = {"a": 0, "b": 1, "ab": 2, " ": 3, "<s>": 4}

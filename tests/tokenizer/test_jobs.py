@@ -31,6 +31,7 @@ from mini_infer_tokenizer.jobs import (
     JobWorker,
     Result,
 )
+from tokenizers import Tokenizer, normalizers
 
 DEMO = bundled_model("demo")
 CHAT = EncodeChat(3, [WireChatMessage("user", "Hello.")], True)
@@ -83,6 +84,17 @@ class TestWorker:
         answer = worker.do(Decode(5, [-1], True))
         assert isinstance(answer, JobRefused)
         assert answer.reason is ErrorReason.INVALID_FIELD
+
+    def test_refuses_a_text_that_its_normalizer_makes_huge(
+        self, templates: ChatTemplates, tmp_path: Path
+    ) -> None:
+        library = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+        library.normalizer = normalizers.NFKC()
+        library.save(str(tmp_path / "tokenizer.json"))
+        worker = JobWorker(TextTokenizer(tmp_path), templates)
+        answer = worker.do(EncodeText(7, "\ufdfa" * 300_000, False))
+        assert isinstance(answer, JobRefused)
+        assert (answer.job, answer.reason) == (7, ErrorReason.PROMPT_TOO_LARGE)
 
     def test_a_surprise_fails_the_job_alone(self, demo: TextTokenizer) -> None:
         templates = ChatTemplates(DEMO, {})

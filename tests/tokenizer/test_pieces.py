@@ -18,7 +18,7 @@ from mini_infer_tokenizer.pieces import (
     Table,
     piece_readers,
 )
-from tokenizers import Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer, decoders
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,25 @@ def test_repeated_tokens_have_no_text(model_folders: dict[str, Path]) -> None:
     assert [
         piece for pieces in readings(model_folders["ctc"], tokens) for piece in pieces
     ] == expected
+
+
+@pytest.mark.parametrize("token", ["\ue000", "\ue001", "\ue002"])
+def test_a_token_of_private_use_has_a_text(
+    model_folders: dict[str, Path], tmp_path: Path, token: str
+) -> None:
+    """Although texts of tokens are found out by putting such tokens around them."""
+    for kind in ("ctc", "end_of_word", "word_piece", "gemma", "unigram"):
+        library = Tokenizer.from_file(str(model_folders[kind] / "tokenizer.json"))
+        library.add_tokens([AddedToken(token, normalized=False)])
+        library.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = TextTokenizer(tmp_path)
+        tokens = ["a", token, "l", token, token, "\ue001", "\ue000", "l"]
+        known = {each for _, each in tokenizer.tokens()}
+        tokens = [each for each in tokens if each in known]
+        ids = [library.token_to_id(each) for each in tokens]
+        read = "".join(text for pieces in readings(tmp_path, tokens) for _, text in pieces)
+        assert read == tokenizer.decode(ids, skip_special_tokens=True), kind
+        assert token in read
 
 
 def test_only_spaces_that_begin_the_text_are_left_out(model_folders: dict[str, Path]) -> None:

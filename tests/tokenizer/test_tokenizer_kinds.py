@@ -104,7 +104,12 @@ def test_the_legacy_map_names_special_tokens(
         {"added_tokens_decoder": {"x": {"content": "a"}}},
         {"added_tokens_decoder": {"1": {"content": 3}}},
         {"added_tokens_decoder": {"1": "a"}},
+        {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}},
+        {"added_tokens_decoder": {"²": {"content": "a"}}},
+        {"added_tokens_decoder": {"1": {"content": "\ud800"}}},
         {"extra_special_tokens": 7},
+        {"extra_special_tokens": {"\ud800": "a"}},
+        {"\udfff_token": "a"},
         {"bos_token": "x" * 5000},
     ],
 )
@@ -115,6 +120,20 @@ def test_a_damaged_configuration_is_refused(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelFolderError, match=r"tokenizer_config\.json"):
         TextTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "x" * 5000, "-1"])
+def test_an_id_that_is_none_is_named(
+    model_folders: dict[str, Path], tmp_path: Path, number: str
+) -> None:
+    shutil.copy(model_folders["llama_3"] / "tokenizer.json", tmp_path)
+    config = {"added_tokens_decoder": {number: {"content": "a"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelFolderError, match=rf"added_tokens_decoder .* {{'{number[:9]}"
+    ) as caught:
+        TextTokenizer(tmp_path)
+    assert len(str(caught.value)) < 500
 
 
 def test_tokens_that_the_configuration_makes_special_are_skipped_while_streaming(

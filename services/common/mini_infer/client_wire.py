@@ -17,7 +17,12 @@ from grpc_status import rpc_status
 
 from mini_infer.chats import ChatMessage, ChatOptions
 from mini_infer.config import DEFAULT_PORT
-from mini_infer.errors import ErrorReason, FieldViolation, MiniInferError
+from mini_infer.errors import (
+    ErrorReason,
+    FieldViolation,
+    InvalidRequestError,
+    MiniInferError,
+)
 from mini_infer.messages import FinishAccounting
 from mini_infer.request_writer import RequestWriter
 from mini_infer.v1 import generate_pb2, inference_service_pb2
@@ -212,6 +217,10 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> generate_pb2.G
         TypeError: Where an option is not known.
         InvalidRequestError: With every value that its field cannot hold.
     """
+    if not isinstance(prompt, Sequence):
+        expected = "expected a text, a list of token ids or a list of messages, got "
+        violation = FieldViolation("prompt", expected + type(prompt).__name__)
+        raise InvalidRequestError([violation])
     given: dict[str, Any] = {**options}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
@@ -345,6 +354,6 @@ def _take(given: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 
 def _refuse_without_chat(chat_options: ChatOptions) -> None:
-    if chat_options:
-        names = ", ".join(sorted(chat_options))
+    names = ", ".join(sorted(name for name, value in chat_options.items() if value is not None))
+    if names:
         raise TypeError(f"options of conversations, given with another prompt: {names}")

@@ -77,6 +77,7 @@ class EngineConfig:
             ConfigError: With all values that are out of range.
         """
         problems = [
+            *_url("model", self.model),
             *_below("max_num_seqs", self.max_num_seqs, 1),
             *_below("block_size", self.block_size, 1),
             *_below("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs),
@@ -126,6 +127,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         """Checks every value."""
         problems = [
+            *_url("model", self.model),
             *_below("num_encode_threads", self.num_encode_threads, 1),
             *_below("num_template_processes", self.num_template_processes, 1),
         ]
@@ -194,6 +196,16 @@ def _folder(model: str) -> Path:
         return Path(model).expanduser()
     except RuntimeError:
         raise ConfigError(f"model {model}: there is no such user; pass the whole path") from None
+
+
+def _url(name: str, value: str) -> list[str]:
+    scheme, _, rest = value.partition("://")
+    if not rest or "/" in scheme:
+        return []
+    # A URL may carry a password: no error repeats more of it than the id.
+    organization_and_name = [part for part in rest.split("/")[1:3] if part]
+    hub_id = "/".join(organization_and_name) if len(organization_and_name) == 2 else "org/name"
+    return [f"{name} must be a folder or a Hub id, got a URL: pass {hub_id:.96}"]
 
 
 def _below(name: str, value: float | None, least: float) -> list[str]:

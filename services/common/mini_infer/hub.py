@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mini_infer.config import EngineConfig, TokenizerConfig
 from mini_infer.errors import ConfigError
-from mini_infer.model_folder import read_json_object
+from mini_infer.model_folder import INDEX_FILE, SINGLE_FILE, TOKENIZER_FILE, read_weight_map
 
 if TYPE_CHECKING:
     from huggingface_hub.utils.tqdm import tqdm
@@ -29,19 +29,17 @@ if TYPE_CHECKING:
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    "model.safetensors.index.json",
+    INDEX_FILE,
 )
 """What is fetched of every repository, as patterns; weights come on top."""
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 32 * 2**20
+NEEDED_FILES = ("config.json", TOKENIZER_FILE)
 DEFAULT_REVISION = "main"
 MAX_ATTEMPTS = 5
 """Of a file whose connection breaks: the library itself goes on after most breaks."""
@@ -52,6 +50,9 @@ _REVISION = re.compile(r"(?!.*\.\.)[\w][\w./+-]{0,254}", re.ASCII)
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
+
+Check = Callable[[Path], object]
+"""Called with a folder that lacks its weights; raises where they are not worth a download."""
 
 ModelConfigT = TypeVar("ModelConfigT", EngineConfig, TokenizerConfig)
 
@@ -69,7 +70,9 @@ def is_hub_id(model: str) -> bool:
     return is_id and not os.path.isdir(model)
 
 
-def with_local_model(config: ModelConfigT, on_progress: Progress | None = None) -> ModelConfigT:
+def with_local_model(
+    config: ModelConfigT, on_progress: Progress | None = None, check: Check | None = None
+) -> ModelConfigT:
     """A config whose model is a folder: a Hub id is downloaded, as far as the process needs it.
 
     The engine needs the weights, the tokenizer does not. The model goes on being served under its
@@ -78,13 +81,14 @@ def with_local_model(config: ModelConfigT, on_progress: Progress | None = None) 
     Args:
         config: Of an engine or a tokenizer.
         on_progress: Called with bytes downloaded and bytes in all, while weights are fetched.
+        check: As `resolve_model`.
 
     Raises:
         ConfigError: As `resolve_model`.
     """
     is_engine = isinstance(config, EngineConfig)
     folder = resolve_model(
-        config.model, config.revision, weights=is_engine, on_progress=on_progress
+        config.model, config.revision, weights=is_engine, on_progress=on_progress, check=check
     )
     if folder is None:
         return config
@@ -100,6 +104,7 @@ def resolve_model(
     *,
     weights: bool = True,
     on_progress: Progress | None = None,
+    check: Check | None = None,
 ) -> Path | None:
     """Finds a Hub id's files on this machine, after downloading what is missing.
 
@@ -110,13 +115,15 @@ def resolve_model(
         revision: Branch, tag or commit; empty means the branch "main".
         weights: Whether the weights are needed.
         on_progress: Called with bytes downloaded and bytes in all, while weights are fetched.
+        check: Called with the folder before the weights are fetched; what it raises is raised.
 
     Returns:
         The folder; None where the model is no Hub id.
 
     Raises:
         HubError: There is no such repository or revision, it may not be read, it has no
-            safetensors, or network or disk do not let it be downloaded.
+            safetensors or lacks another file that is needed, or network or disk do not let it
+            be downloaded.
         ConfigError: A revision was given of what is no Hub id.
     """
     if not is_hub_id(model):
@@ -131,6 +138,9 @@ def resolve_model(
         raise HubError(f"revision {revision!r} is no name of a branch, tag or commit")
     folder, sizes = _ask_hub(model, revision, partial(_fetch_small_files, model, revision))
     if weights:
+        _check_complete(model, sizes)
+        if check:
+            check(folder)
         _fetch_weights(model, revision, folder, sizes, on_progress or _ignore)
     return folder
 
@@ -141,10 +151,15 @@ def cached_model(model: str, revision: str = "") -> Path | None:
     Args:
         model: A Hub id.
         revision: As `resolve_model`.
+
+    Raises:
+        HubError: The cache cannot be read.
     """
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(model, "config.json", revision=revision or DEFAULT_REVISION)
+    revision = revision or DEFAULT_REVISION
+    look_up = partial(try_to_load_from_cache, model, "config.json", revision=revision)
+    config = _ask_hub(model, revision, look_up)
     return Path(config).parent if isinstance(config, str) else None
 
 
@@ -165,7 +180,22 @@ def _fetch_small_files(model: str, revision: str) -> tuple[Path, dict[str, int]]
         files = get_cached_repo_tree(model, revision=folder.name)
     except CachedRepoTreeNotFoundError:  # Offline, and an older library filled the cache.
         return folder, {each.name: each.stat().st_size for each in folder.iterdir()}
-    return folder, {each.path: each.size for each in files}
+    return folder, {each.path: _checked_size(each.size) for each in files}
+
+
+def _checked_size(size: object) -> int:
+    if not isinstance(size, int) or size < 0:
+        raise ValueError(f"a file of {size!r:.40} bytes")
+    return size
+
+
+def _check_complete(model: str, sizes: Mapping[str, int]) -> None:
+    missing = [name for name in NEEDED_FILES if name not in sizes]
+    if missing:
+        raise HubError(
+            f"the Hub's {model} has no {' and no '.join(missing)}: choose a repository that has "
+            "what `transformers` reads"
+        )
 
 
 def _fetch_weights(
@@ -173,7 +203,7 @@ def _fetch_weights(
 ) -> None:
     """Downloads the weight files that the loader reads and that are not there yet."""
     wanted = _weight_names(model, folder, sizes)
-    missing = [name for name in wanted if not (folder / name).exists()]
+    missing = [name for name in wanted if not os.path.exists(folder / name)]
     if not missing:
         return
     num_bytes = sum(sizes[name] for name in missing)
@@ -200,10 +230,8 @@ def _weight_names(model: str, folder: Path, sizes: Mapping[str, int]) -> Sequenc
             f"the Hub's {model} has neither {SINGLE_FILE} nor {INDEX_FILE}: choose a repository "
             "with weights as safetensors; pickled ones can run code and are never fetched"
         )
-    weight_map = read_json_object(folder / INDEX_FILE, MAX_INDEX_BYTES).get("weight_map")
-    shards = weight_map.values() if isinstance(weight_map, dict) else ()
-    names = {name for name in shards if isinstance(name, str) and name.endswith(".safetensors")}
-    return sorted(name for name in names & sizes.keys() if "/" not in name)
+    names = sizes.keys() & read_weight_map(folder).values()
+    return sorted(name for name in names if name.endswith(".safetensors") and "/" not in name)
 
 
 def _download(model: str, commit: str, name: str, report: Callable[[int], None]) -> None:

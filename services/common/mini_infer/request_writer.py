@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ from mini_infer.chats import ChatMessage, ChatOptions, read_chat
 from mini_infer.errors import FieldViolation, InvalidRequestError
 from mini_infer.messages import WireChatMessage
 from mini_infer.v1 import generate_pb2
-
-_MAX_EXACT_INTEGER = 2**53
 
 
 class RequestWriter:
@@ -48,10 +45,12 @@ class RequestWriter:
             name: options.get(name)
             for name in ("add_generation_prompt", "continue_final_message", "chat_template")
         }
-        fields |= {"tools_json": read.tools, "documents_json": read.documents}
+        fields |= {
+            "tools_json": read.tools,
+            "documents_json": read.documents,
+            "template_kwargs_json": read.template_kwargs or None,
+        }
         self.write(chat, "chat.", fields)
-        if read.template_kwargs:
-            self._write_kwargs(chat, json.loads(read.template_kwargs))
 
     def _write_message(
         self, path: str, written: generate_pb2.ChatMessage, message: WireChatMessage
@@ -70,23 +69,7 @@ class RequestWriter:
             fields = {"id": call.id, "function_name": call.name, arguments: call.arguments}
             self.write(written.tool_calls.add(), f"{path}tool_calls[{index}].", fields)
 
-    def _write_kwargs(self, chat: generate_pb2.Chat, kwargs: dict[str, Any]) -> None:
-        if _holds_inexact_integer(kwargs):
-            expected = f"expected integers of at most {_MAX_EXACT_INTEGER}, got a larger one"
-            self._violations.append(FieldViolation("chat.template_kwargs", expected))
-        else:
-            self.write(chat, "chat.", {"template_kwargs": kwargs})
-
     def raise_violations(self) -> None:
         """Raises `InvalidRequestError` where a value could not be written."""
         if self._violations:
             raise InvalidRequestError(self._violations)
-
-
-def _holds_inexact_integer(value: Any) -> bool:
-    """Whether a number would change in a Struct, which holds numbers as doubles."""
-    if isinstance(value, dict):
-        return any(map(_holds_inexact_integer, value.values()))
-    if isinstance(value, list):
-        return any(map(_holds_inexact_integer, value))
-    return isinstance(value, int) and abs(value) > _MAX_EXACT_INTEGER

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import structlog
+from mini_infer.model_folder import has_entry
 from mini_infer.sampling_params import MAX_TEMPERATURE, MAX_TOP_K, GenerationDefaults
 
 from mini_infer_engine.config_fields import ConfigFields, is_integer
@@ -58,7 +59,7 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
         ModelFolderError: The file is damaged or a value is out of range.
     """
     path = folder / GENERATION_CONFIG_FILE
-    if not path.exists():
+    if not has_entry(path):
         return GenerationDefaults()
     fields = ConfigFields.read(path)
     unused = unused_keys(fields)
@@ -95,7 +96,7 @@ def read_eos_token_ids(folder: Path, config: ConfigFields, vocab_size: int) -> t
     """
     sources = [config]
     path = folder / GENERATION_CONFIG_FILE
-    if path.exists():
+    if has_entry(path):
         sources.insert(0, ConfigFields.read(path))
     for fields in sources:
         value = fields.get("eos_token_id")

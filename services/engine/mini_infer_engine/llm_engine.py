@@ -34,6 +34,7 @@ from mini_infer_tokenizer.encode import TextTokenizer
 
 from mini_infer_engine.build import Engine, build_engine
 from mini_infer_engine.loader import Progress
+from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.scheduler import SequenceUpdate
 from mini_infer_engine.sequence import Sequence as EngineSequence
 from mini_infer_engine.sequence import StreamKey
@@ -120,7 +121,7 @@ class LLMEngine:
         Raises:
             ConfigError: Where model folder or device cannot do what was asked.
         """
-        self.config = with_local_model(config or EngineConfig(), on_download)
+        self.config = with_local_model(config or EngineConfig(), on_download, read_model_config)
         self._tokenizer = TextTokenizer(self.config.model_folder)
         self._detokenizer = Detokenizer(self._tokenizer)
         self._chat_templates = ChatTemplates(
@@ -213,7 +214,8 @@ class LLMEngine:
                 does not take what it is given, or as `generate`.
         """
         several: Any = conversations
-        if conversations and isinstance(conversations[0], Mapping):
+        is_one = not isinstance(several, Sequence)  # which `read_chat` refuses
+        if is_one or (several and isinstance(several[0], Mapping)):
             several = [conversations]
         chat_options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
@@ -223,8 +225,10 @@ class LLMEngine:
             template_kwargs=template_kwargs,
             chat_template=chat_template,
         )
+        chats = [read_chat(each, chat_options) for each in several]
+        _ = self._engine  # Says where it is closed what `generate` says.
         self._chat_templates.start()
-        rendered = [self._chat_templates.render(read_chat(each, chat_options)) for each in several]
+        rendered = [self._chat_templates.render(each) for each in chats]
         encoded = [self._tokenizer.encode(each, False) for each in rendered]
         return self._generate(encoded, _one_each(params, options, len(encoded)))
 

@@ -137,8 +137,6 @@ def read_model_config(folder: Path) -> ModelConfig:
         ModelFolderError: The folder or file is missing or damaged, a value is out of range, or
             the model needs something that is not supported; the message names the key.
     """
-    if not folder.is_dir():
-        raise ModelFolderError(f"model folder {folder} does not exist or is not a folder")
     fields = ConfigFields.read(folder / CONFIG_FILE)
     name = _check_supported(fields)
     rules = ARCHITECTURES[name]

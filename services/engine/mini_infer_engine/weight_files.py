@@ -19,14 +19,18 @@ from typing import Annotated, Any, NoReturn
 
 import msgspec
 from mini_infer.errors import ModelFolderError
-from mini_infer.model_folder import opened, read_json_object
+from mini_infer.model_folder import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_folder,
+    has_entry,
+    names_in,
+    opened,
+    read_weight_map,
+)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-MAX_INDEX_BYTES = 32 * 2**20
-"""Indexes name every tensor; those of the largest public models take about 10 MB."""
 MAX_HEADER_BYTES = 16 * 2**20
 """Of 150,000 tensors, about. The format allows 100 MB, whose parsing would take gigabytes."""
 
@@ -89,13 +93,12 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         ModelFolderError: There are none, only pickled ones, or the index names files that are
             missing or outside the folder.
     """
-    if not folder.is_dir():
-        raise ModelFolderError(f"model folder {folder} does not exist or is not a folder")
-    if (folder / SINGLE_FILE).exists():
+    check_folder(folder)
+    if has_entry(folder / SINGLE_FILE):
         return (folder / SINGLE_FILE,)
-    if (folder / INDEX_FILE).exists():
+    if has_entry(folder / INDEX_FILE):
         return tuple(folder / name for name in sorted(set(read_index(folder).values())))
-    pickled = sorted(each.name for each in folder.iterdir() if each.suffix in PICKLED_SUFFIXES)
+    pickled = [name for name in names_in(folder) if name.endswith(PICKLED_SUFFIXES)]
     if pickled:
         raise ModelFolderError(
             f"model folder {folder} has only pickled weights ({', '.join(pickled)}), which can run "
@@ -120,10 +123,10 @@ def read_index(folder: Path) -> dict[str, str]:
         ModelFolderError: The index is damaged, or names files that are missing or outside.
     """
     path = folder / INDEX_FILE
-    weight_map = read_json_object(path, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelFolderError(f"{path}: weight_map must be an object of tensor and file names")
-    present = {each.name for each in folder.iterdir()}
+    weight_map = read_weight_map(folder)
+    if not weight_map:
+        raise ModelFolderError(f"{path}: weight_map must name the file of each tensor, got none")
+    present = set(names_in(folder))
     for name in weight_map.values():
         _check_shard_name(path, name, present)
     return weight_map
@@ -231,14 +234,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _check_shard_name(index: Path, name: object, present: set[str]) -> None:
+def _check_shard_name(index: Path, name: str, present: set[str]) -> None:
     """A shard is a file beside its index; a link there may point elsewhere, as hub caches do."""
-    if not isinstance(name, str) or not name.endswith(".safetensors"):
-        raise ModelFolderError(f"{index}: expected names of .safetensors files, got {name!r}")
+    if not name.endswith(".safetensors"):
+        raise ModelFolderError(f"{index}: expected names of .safetensors files, got {name!r:.200}")
     if "/" in name or "\\" in name:
-        raise ModelFolderError(f"{index}: {name!r} points outside the model folder")
+        raise ModelFolderError(f"{index}: {name!r:.200} points outside the model folder")
     if name not in present:
-        raise ModelFolderError(f"{index} names {name!r}, which is missing: download it again")
+        raise ModelFolderError(f"{index} names {name!r:.200}, which is missing: download it again")
 
 
 def _check_ranges(path: Path, tensors: Mapping[str, StoredTensor], num_data_bytes: int) -> None:

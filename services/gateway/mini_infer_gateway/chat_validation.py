@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import msgspec
-from mini_infer.chats import cannot_continue_and_open
+from mini_infer.chats import NO_MESSAGES, continuation_violations, message_violations
 from mini_infer.errors import ErrorReason, FieldViolation
 from mini_infer.v1 import generate_pb2
 
@@ -18,7 +19,6 @@ MAX_MESSAGES = 4096
 MAX_MESSAGE_PARTS = 64
 MAX_PARTS = 16_384
 """Of all messages of a chat together; tool calls are counted in the same way."""
-MAX_ROLE_BYTES = 64
 MAX_TOOLS = 1024
 MAX_DOCUMENTS = 1024
 MAX_STRUCT_BYTES = 128 * 2**10
@@ -30,6 +30,11 @@ class _AnyObject(msgspec.Struct):
 
 
 _object_decoder = msgspec.json.Decoder(_AnyObject)
+_HALF_SURROGATE = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
+"""As JSON escapes it."""
 
 
 def chat_lists(chat: generate_pb2.Chat) -> list[tuple[str, int, int, str]]:
@@ -47,10 +52,15 @@ def chat_lists(chat: generate_pb2.Chat) -> list[tuple[str, int, int, str]]:
         ("chat.messages", sum(num_parts), MAX_PARTS, "parts"),
         ("chat.messages", sum(num_calls), MAX_PARTS, "tool calls"),
         ("chat.tools", len(chat.tools), MAX_TOOLS, "tools"),
-        ("chat.tools", num_tool_bytes, MAX_STRUCT_BYTES, "bytes: tools_json may be longer"),
+        ("chat.tools", num_tool_bytes, MAX_STRUCT_BYTES, "bytes (more in tools_json)"),
         ("chat.tools_json", len(chat.tools_json), MAX_TOOLS, "tools"),
         ("chat.documents_json", len(chat.documents_json), MAX_DOCUMENTS, "documents"),
-        ("chat.template_kwargs", num_kwarg_bytes, MAX_STRUCT_BYTES, "bytes"),
+        (
+            "chat.template_kwargs",
+            num_kwarg_bytes,
+            MAX_STRUCT_BYTES,
+            "bytes (more in template_kwargs_json)",
+        ),
         *(
             (f"chat.messages[{index}].content", length, MAX_MESSAGE_PARTS, "parts")
             for index, length in enumerate(num_parts)
@@ -73,10 +83,10 @@ def chat_violations(
         max_prompt_bytes: Of all its texts together.
     """
     if not chat.messages:
-        return [FieldViolation("chat.messages", "expected at least 1 message, got none")]
+        return [NO_MESSAGES]
     return [
         *size_violations("chat", prompt.texts(), max_prompt_bytes),
-        *islice(_message_violations(chat), MAX_VIOLATIONS),
+        *islice(_message_violations(prompt, chat), MAX_VIOLATIONS),
         *islice(_option_violations(prompt, chat), MAX_VIOLATIONS),
     ]
 
@@ -92,28 +102,18 @@ def size_violations(
     return [FieldViolation(field, description, ErrorReason.PROMPT_TOO_LARGE)]
 
 
-def _message_violations(chat: generate_pb2.Chat) -> Iterator[FieldViolation]:
+def _message_violations(prompt: ChatPrompt, chat: generate_pb2.Chat) -> Iterator[FieldViolation]:
     for index, message in enumerate(chat.messages):
         field = f"chat.messages[{index}]"
-        num_role_bytes = len(message.role.encode())
-        if not 1 <= num_role_bytes <= MAX_ROLE_BYTES:
-            expected = f"expected 1 to {MAX_ROLE_BYTES} bytes of UTF-8, got {num_role_bytes}"
-            yield FieldViolation(f"{field}.role", expected)
-        if not (message.content or message.tool_calls or message.HasField("reasoning_content")):
-            yield FieldViolation(f"{field}.content", "expected at least 1 part, got none")
+        yield from message_violations(field, prompt.chat.messages[index])
         for part_index, part in enumerate(message.content):
             if part.WhichOneof("part") is None:
                 path = f"{field}.content[{part_index}]"
                 yield FieldViolation(path, "expected a text, got none")
         for call_index, call in enumerate(message.tool_calls):
-            yield from _tool_call_violations(f"{field}.tool_calls[{call_index}]", call)
-
-
-def _tool_call_violations(field: str, call: generate_pb2.ToolCall) -> Iterator[FieldViolation]:
-    if not call.function_name:
-        yield FieldViolation(f"{field}.function_name", "expected a name, got none")
-    if call.HasField("arguments_json"):
-        yield from _object_violations(f"{field}.arguments_json", call.arguments_json)
+            if call.HasField("arguments_json"):
+                path = f"{field}.tool_calls[{call_index}].arguments_json"
+                yield from _object_violations(path, call.arguments_json)
 
 
 def _option_violations(prompt: ChatPrompt, chat: generate_pb2.Chat) -> Iterator[FieldViolation]:
@@ -125,18 +125,23 @@ def _option_violations(prompt: ChatPrompt, chat: generate_pb2.Chat) -> Iterator[
         yield from _object_violations(f"{tools_field}[{index}]", tool)
     for index, document in enumerate(prompt.chat.documents):
         yield from _object_violations(f"chat.documents_json[{index}]", document)
-    if prompt.chat.template_kwargs:
-        yield from _object_violations("chat.template_kwargs", prompt.chat.template_kwargs)
-    if prompt.chat.continue_final_message:
-        if prompt.chat.add_generation_prompt:
-            yield cannot_continue_and_open()
-        if prompt.chat.messages[-1].content is None:
-            field = f"chat.messages[{len(prompt.chat.messages) - 1}].content"
-            yield FieldViolation(field, "expected content to continue, got none")
+    has_kwargs_json = chat.HasField("template_kwargs_json")
+    if chat.HasField("template_kwargs") and has_kwargs_json:
+        expected = "expected either template_kwargs or template_kwargs_json, got both"
+        yield FieldViolation("chat.template_kwargs", expected)
+    elif has_kwargs_json or prompt.chat.template_kwargs:
+        kwargs_field = "chat.template_kwargs_json" if has_kwargs_json else "chat.template_kwargs"
+        yield from _object_violations(kwargs_field, prompt.chat.template_kwargs)
+    yield from continuation_violations(prompt.chat)
 
 
 def _object_violations(field: str, text: str) -> Iterator[FieldViolation]:
     try:
         _object_decoder.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
-        yield FieldViolation(field, f"expected a JSON object, got another text: {error}")
+    except RecursionError:
+        yield FieldViolation(field, "expected objects and lists less deep in each other")
+    except msgspec.DecodeError as error:
+        if _HALF_SURROGATE.search(text):
+            yield FieldViolation(field, "expected Unicode text, got half of a surrogate pair")
+        else:
+            yield FieldViolation(field, f"expected a JSON object, got another text: {error}")

@@ -43,6 +43,7 @@ SUPPORTED_FIELDS = frozenset(
         "Chat.add_generation_prompt",
         "Chat.tools",
         "Chat.template_kwargs",
+        "Chat.template_kwargs_json",
         "Chat.tools_json",
         "Chat.documents_json",
         "Chat.chat_template",
@@ -214,7 +215,7 @@ def _check_lists(*lists: tuple[str, int, int, str]) -> None:
         InvalidRequestError: With every list that is too long.
     """
     too_long = [
-        FieldViolation(field, f"expected at most {maximum} {unit}, got {length} {unit}")
+        FieldViolation(field, f"expected at most {maximum} {unit}, got {length}")
         for field, length, maximum, unit in lists
         if length > maximum
     ]

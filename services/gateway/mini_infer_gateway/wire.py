@@ -79,7 +79,9 @@ def read_chat(chat: generate_pb2.Chat) -> ChatPrompt:
             tools=[*map(struct_as_json, chat.tools), *chat.tools_json],
             documents=list(chat.documents_json),
             template_kwargs=(
-                struct_as_json(chat.template_kwargs) if chat.template_kwargs.fields else ""
+                struct_as_json(chat.template_kwargs)
+                if chat.template_kwargs.fields
+                else chat.template_kwargs_json
             ),
             chat_template=chat.chat_template,
             continue_final_message=continues,

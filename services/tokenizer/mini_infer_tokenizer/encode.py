@@ -5,6 +5,7 @@ Streams of ids become text in `detokenize.py`; conversations become text in `cha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,10 @@ from mini_infer_tokenizer.tokenizer_file import is_library_error, load_tokenizer
 
 _MAX_ID = 2**32 - 1
 """Ids of the tokenizers library are unsigned 32-bit numbers."""
+MAX_GROWTH_CHARACTERS = 4 * 2**20
+"""So much longer may a normalizer make a text: the library takes 100 to 300 bytes of each one."""
+_SLICE_CHARACTERS = 16 * 2**10
+"""Normalizing so many takes a millisecond, and the largest growth of so few does no harm."""
 
 
 class TextTokenizer:
@@ -42,6 +47,7 @@ class TextTokenizer:
         content = read_tokenizer(folder)
         loaded = load_tokenizer(content, str(folder / TOKENIZER_FILE))
         self._tokenizer = loaded.library
+        self._normalizer = loaded.library.normalizer
         self.decoder_steps = loaded.decoder_steps
         self.tokenizer_hash = hash_tokenizer(folder, content)
         named = special_tokens.read_special_tokens(folder)
@@ -71,7 +77,8 @@ class TextTokenizer:
 
         Raises:
             MiniInferError: INVALID_FIELD where the text holds half of a surrogate pair, or what
-                the vocabulary has no token for; INTERNAL_ERROR where the library fails.
+                the vocabulary has no token for; PROMPT_TOO_LARGE where the normalizer makes it
+                longer by `MAX_GROWTH_CHARACTERS`; INTERNAL_ERROR where the library fails.
         """
         try:
             text.encode()
@@ -80,11 +87,32 @@ class TextTokenizer:
                 ErrorReason.INVALID_FIELD,
                 f"expected Unicode text, got a lone surrogate at character {error.start}",
             ) from error
+        self._check_growth(text)
         with _library_errors("encode this text", ErrorReason.INVALID_FIELD):
             # Encoding a single text would hold the interpreter lock, a batch does not.
             batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             ids: list[int] = batch[0].ids
         return ids
+
+    def _check_growth(self, text: str) -> None:
+        """Refuses a text whose normalization would take gigabytes: U+FDFA becomes 18 characters.
+
+        It is normalized in slices, which gives its length but for what happens at their ends.
+        """
+        if self._normalizer is None or len(text) <= _SLICE_CHARACTERS:
+            return
+        growth = 0
+        for begin in range(0, len(text), _SLICE_CHARACTERS):
+            part = text[begin : begin + _SLICE_CHARACTERS]
+            with _library_errors("normalize this text", ErrorReason.INVALID_FIELD):
+                growth += len(self._normalizer.normalize_str(part)) - len(part)
+            if growth > MAX_GROWTH_CHARACTERS:
+                raise MiniInferError(
+                    ErrorReason.PROMPT_TOO_LARGE,
+                    "expected a text that the tokenizer's normalizer makes longer by at most "
+                    f"{MAX_GROWTH_CHARACTERS} characters: send less of it at once",
+                )
+            time.sleep(0)  # Lets go of the interpreter lock, which `normalize_str` holds.
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of all the ids; ids that mean nothing have no text.

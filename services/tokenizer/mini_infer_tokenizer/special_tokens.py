@@ -8,14 +8,18 @@ and so does this module, so that ids and texts are the same. What it does not do
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 import tokenizers
 from mini_infer.errors import ModelFolderError
-from mini_infer.model_folder import read_json_object
+from mini_infer.model_folder import has_entry, read_json_object
+
+from mini_infer_tokenizer.tokenizer_file import MAX_IDS
 
 CONFIG_FILE = "tokenizer_config.json"
 LEGACY_MAP_FILE = "special_tokens_map.json"
@@ -30,6 +34,7 @@ _NAMES = (
     "mask_token",
 )
 """In the order in which those that are new get their ids."""
+_MAX_ID_DIGITS = len(str(MAX_IDS))
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -103,7 +108,15 @@ def _as_special(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.exists() else {}
+    if not has_entry(path):
+        return {}
+    content = read_json_object(path)
+    try:
+        # JSON may write half of a surrogate pair, which is in no text that can be sent.
+        json.dumps(content, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise ModelFolderError(f"{path} is not Unicode text: {error}") from error
+    return content
 
 
 def _text(value: Any) -> str:
@@ -116,7 +129,8 @@ def _read_added(folder: Path, listed: Mapping[str, Any]) -> dict[int, tokenizers
     added = {}
     for number, entry in listed.items():
         text = _text(entry)
-        if not number.isdecimal() or not text or not isinstance(entry, dict):
+        is_id = number.isdecimal() and len(number) <= _MAX_ID_DIGITS
+        if not is_id or not text or not isinstance(entry, dict):
             raise _unexpected(folder, "added_tokens_decoder", "tokens by their id", {number: entry})
         flags = {name: entry[name] for name in _FLAGS if isinstance(entry.get(name), bool)}
         added[int(number)] = tokenizers.AddedToken(text, **flags)
@@ -125,4 +139,5 @@ def _read_added(folder: Path, listed: Mapping[str, Any]) -> dict[int, tokenizers
 
 def _unexpected(folder: Path, name: str, expected: str, got: Any) -> ModelFolderError:
     path = folder / CONFIG_FILE
-    return ModelFolderError(f"{path}: expected {name} to be {expected}, got {str(got)[:80]}")
+    # Shortened before it is written: the value may be of any size and depth.
+    return ModelFolderError(f"{path}: expected {name} to be {expected}, got {short_repr(got)}")

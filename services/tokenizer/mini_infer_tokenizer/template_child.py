@@ -86,7 +86,9 @@ def _give_up_rights(memory_bytes: int) -> None:
 def _refusal(error: MiniInferError | MemoryError | UnicodeEncodeError) -> Answer:
     reason = ErrorReason.CHAT_TEMPLATE_FAILED
     if isinstance(error, MiniInferError):
-        return Answer(reason=error.reason, message=error.message)
+        # A template's words may hold halves of surrogate pairs, which frames cannot.
+        message = error.message.encode(errors="replace").decode()
+        return Answer(reason=error.reason, message=message)
     if isinstance(error, UnicodeEncodeError):
         return Answer(reason=reason, message="chat template: it wrote half of a surrogate pair")
     message = "chat template: it needs more memory than it may have"

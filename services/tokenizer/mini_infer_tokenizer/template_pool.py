@@ -39,6 +39,23 @@ _GRACE_S = 0.1
 """Until a process that has closed its socket has ended."""
 _RECEIVE_BYTES = 2**20
 _MAX_MESSAGE_CHARACTERS = 2000
+_MAX_KILLS = 2
+"""Of processes under one chat from outside, after which it is still rendered."""
+_OWN_ENDS = frozenset(
+    -number
+    for number in (
+        signal.SIGPROF,
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGABRT,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGSYS,
+        signal.SIGTRAP,
+    )
+)
+"""Exit statuses of signals that a process brings on itself, if only through a bug of Python's; not
+SIGXCPU, since every process comes to the end of its lifetime."""
 _TOO_SLOW = "it did not come to its end in the time that it may take"
 
 
@@ -162,7 +179,7 @@ class _TemplateProcess:
         self.end()
         if code == -signal.SIGPROF:
             return _ProcessLost(_TOO_SLOW)
-        was_killed = code in (-signal.SIGKILL, -signal.SIGXCPU)
+        was_killed = code is not None and code < 0 and code not in _OWN_ENDS
         return _ProcessLost(f"its process broke (exit status {code})", was_killed=was_killed)
 
     def end(self) -> None:
@@ -232,19 +249,14 @@ class TemplatePool:
         Raises:
             MiniInferError: CHAT_TEMPLATE_FAILED where the template fails or uses more than it
                 may, INVALID_FIELD where it cannot take the chat, INTERNAL_ERROR where no process
-                can be started.
+                can be started or each is killed by somebody.
         """
         try:
             frame = framed(chat)
         except UnicodeEncodeError:
             message = "expected Unicode text, got half of a surrogate pair"
             raise MiniInferError(ErrorReason.INVALID_FIELD, message) from None
-        try:
-            answer = self._ask(frame)
-        except _ProcessLost as loss:
-            if not loss.was_killed:
-                raise _failed(str(loss)) from None
-            answer = self._ask_again(frame)
+        answer = self._ask_while_killed(frame)
         if answer.reason is not None:
             raise _refused(answer)
         return answer.text
@@ -264,11 +276,16 @@ class TemplatePool:
         finally:
             self._give_back(process)
 
-    def _ask_again(self, frame: bytes) -> Answer:
-        try:
-            return self._ask(frame)
-        except _ProcessLost as loss:
-            raise _failed(str(loss)) from None
+    def _ask_while_killed(self, frame: bytes) -> Answer:
+        for _ in range(_MAX_KILLS + 1):
+            try:
+                return self._ask(frame)
+            except _ProcessLost as loss:
+                if not loss.was_killed:
+                    raise _failed(str(loss)) from None
+                cause = str(loss)
+        message = f"the process for chat templates was killed {_MAX_KILLS + 1} times: {cause}"
+        raise MiniInferError(ErrorReason.INTERNAL_ERROR, message)
 
     def _take(self) -> _TemplateProcess:
         """A process that has not ended, once there is one."""
@@ -277,6 +294,9 @@ class TemplatePool:
             if self._is_closed:
                 raise RuntimeError("the chat templates are closed")
             process = self._idle.pop()
+            for idle in self._idle:
+                if idle is not None:
+                    _ = idle.is_alive  # Asking takes in what is left of one that was killed.
         if process is not None and process.is_alive:
             return process
         if process is not None:

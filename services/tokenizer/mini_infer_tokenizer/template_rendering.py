@@ -8,7 +8,9 @@ template sees, and what it writes, is what `transformers` gives it and takes fro
 from __future__ import annotations
 
 import json
+import math
 import secrets
+import sys
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from datetime import datetime
@@ -198,8 +200,11 @@ def _compile(environment: _Environment, name: str, source: str, given: Set[str])
         return _Compiled(environment.from_string(source), frozenset(taken))
     except MemoryError:
         raise
+    except jinja2.TemplateSyntaxError as error:
+        words = f"{error.message} (line {error.lineno})"[:MAX_ERROR_CHARACTERS]
     except Exception as error:  # Python's own compiler has its say as well.
-        raise _failed(f"{name!r:.80} is no template: {_words_of(error)}") from None
+        words = _words_of(error)
+    raise _failed(f"{name!r:.80} is no template: {words}")
 
 
 def _checked_kwargs(chat: EncodeChat, taken: frozenset[str]) -> dict[str, Any]:
@@ -249,12 +254,31 @@ def _seen_message(message: WireChatMessage) -> dict[str, Any]:
 
 def _parsed(field: str, text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
         raise _invalid(f"expected {field} of JSON objects, got another text: {error}") from None
+    except RecursionError:
+        raise _invalid(f"expected {field} of objects and lists less deep in each other") from None
+    except UnicodeEncodeError:
+        message = f"expected {field} of Unicode text, got half of a surrogate pair"
+        raise _invalid(message) from None
+    except ValueError:
+        digits = f"{sys.int_info.default_max_str_digits} digits"
+        message = f"expected {field} of finite numbers and integers of at most {digits}"
+        raise _invalid(message) from None
     if not isinstance(value, dict):
         raise _invalid(f"expected {field} of JSON objects, got {type(value).__name__}")
     return value
+
+
+def _finite(text: str) -> float:
+    """Reads a number; JSON has no infinity, whatever Python writes."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 def _written_up_to_the_last_content(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mini_infer.errors import ModelFolderError
-from mini_infer.model_folder import read_json_object, read_text
+from mini_infer.model_folder import has_entry, names_in, read_json_object, read_text
 
 DEFAULT_NAME = "default"
 TOOL_USE_NAME = "tool_use"
@@ -35,7 +35,7 @@ def read_chat_templates(folder: Path) -> dict[str, str]:
     """
     sources = _from_files(folder)
     for file in (folder / name for name in _CONFIG_FILES):
-        if not sources and file.exists():
+        if not sources and has_entry(file):
             sources = _from_config(file)
     if len(sources) > MAX_TEMPLATES:
         raise ModelFolderError(
@@ -52,10 +52,14 @@ def read_chat_templates(folder: Path) -> dict[str, str]:
 
 def _from_files(folder: Path) -> dict[str, str]:
     files = {}
-    if (folder / _MAIN_FILE).exists():
+    if has_entry(folder / _MAIN_FILE):
         files[DEFAULT_NAME] = folder / _MAIN_FILE
-    named = sorted((folder / _NAMED_FOLDER).glob("*.jinja"))
-    files |= {file.name.removesuffix(".jinja"): file for file in named[:MAX_TEMPLATES]}
+    if has_entry(folder / _NAMED_FOLDER):
+        names = names_in(folder / _NAMED_FOLDER)
+        named = [name for name in names if name.endswith(".jinja")][:MAX_TEMPLATES]
+        files |= {name.removesuffix(".jinja"): folder / _NAMED_FOLDER / name for name in named}
+    for name, file in files.items():
+        _check_unicode(file, name)
     return {name: read_text(file, MAX_TEMPLATE_BYTES) for name, file in files.items()}
 
 
@@ -64,6 +68,7 @@ def _from_config(file: Path) -> dict[str, str]:
     if value is None:
         return {}
     if isinstance(value, str):
+        _check_unicode(file, value)
         return {DEFAULT_NAME: value}
     named = {}
     for each in value if isinstance(value, list) else [value]:
@@ -76,8 +81,20 @@ def _named_template(value: Any, file: Path) -> tuple[str, str]:
     if isinstance(value, Mapping):
         name, source = value.get("name"), value.get("template")
         if isinstance(name, str) and isinstance(source, str):
+            _check_unicode(file, name + source)
             return name, source
     raise ModelFolderError(
         f"{file}: expected chat_template to be a text or a list of named templates "
         '({"name": ..., "template": ...})'
     )
+
+
+def _check_unicode(file: Path, text: str) -> None:
+    """Refuses halves of surrogate pairs: file names and JSON escapes can hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ModelFolderError(
+            f"{str(file)!a}: expected a chat template and its name to be Unicode text, got half of "
+            "a surrogate pair"
+        ) from None

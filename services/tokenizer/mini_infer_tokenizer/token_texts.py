@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -20,8 +21,11 @@ Step = dict[str, Any]
 
 _BY_PLACE = frozenset({"WordPiece", "Metaspace", "BPEDecoder", "Replace", "Strip"})
 """Steps that make each token's text of the token, and of whether it is the first or the last."""
-_PROBES = ("\ue000", "\ue001")
-"""Tokens around the one in question: no decoder has a use for characters of private use."""
+_PROBES = ("\ue000", "\ue001", "\ue002")
+"""Tokens to put around another one: no decoder has a use for characters of private use.
+
+There are three, so that two remain where the token is one of them: CTC drops what is repeated.
+"""
 
 
 class TokenText(NamedTuple):
@@ -135,23 +139,33 @@ class TokenTexts:
                 their own notation.
         """
         self._decode = _library_decoder(plan.by_place)
-        before, behind = _PROBES
-        joined = self._decode([before, behind])
-        if self._decode([before]) != before or not joined.startswith(before):
-            raise ModelFolderError("tokenizer.json: its decoder changes characters of private use")
-        self._separator = joined[len(before) :]
+        self._ends: dict[str, str] = {}
+        """The text of each probe behind another one, with what separates them."""
+        for before, after in permutations(_PROBES, 2):
+            joined = self._decode([before, after])
+            if self._decode([before]) != before or not joined.startswith(before):
+                raise ModelFolderError(
+                    "tokenizer.json: its decoder changes characters of private use"
+                )
+            self._ends[after] = joined[len(before) :]
 
     def first(self, token: str) -> TokenText:
         """The text of a token that begins a text."""
-        inner = self._decode([token, _PROBES[1]])
-        return TokenText(self._decode([token]), inner.removesuffix(self._separator))
+        after, _ = _probes_beside(token)
+        inner = self._decode([token, after])
+        return TokenText(self._decode([token]), inner.removesuffix(self._ends[after]))
 
     def behind(self, token: str) -> TokenText:
         """The text of a token behind another."""
-        before, after = _PROBES
+        before, after = _probes_beside(token)
         last = self._decode([before, token]).removeprefix(before)
         inner = self._decode([before, token, after]).removeprefix(before)
-        return TokenText(last, inner.removesuffix(self._separator))
+        return TokenText(last, inner.removesuffix(self._ends[after]))
+
+
+def _probes_beside(token: str) -> tuple[str, str]:
+    first, second, *_ = (probe for probe in _PROBES if probe != token)
+    return first, second
 
 
 def _library_decoder(steps: Sequence[Step] | None) -> Callable[[list[str]], str]:

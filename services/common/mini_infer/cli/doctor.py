@@ -11,6 +11,7 @@ import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 import typer
 
@@ -19,6 +20,7 @@ from mini_infer.cli.run_folder import run_folder
 from mini_infer.cli.serve import free_port
 from mini_infer.config import EngineConfig, GatewayConfig
 from mini_infer.errors import ConfigError
+from mini_infer.model_folder import check_folder, names_in
 
 SPARE_FILE_DESCRIPTORS = 256
 """Beside one per client connection: libraries, sockets between processes, logs."""
@@ -121,18 +123,27 @@ def _triton() -> Finding:
 def _model(config: EngineConfig) -> Finding:
     from mini_infer.hub import cached_model, is_hub_id
 
-    folder = config.model_folder
-    if is_hub_id(config.model):
-        cached = cached_model(config.model, config.revision)
-        if cached is None:
-            remedy = "it is downloaded when the server starts"
-            return Finding("model", State.OPTIONAL, f"{config.model} is not here yet", remedy)
-        folder = cached
-    elif config.revision:
+    if config.revision and not is_hub_id(config.model):
         detail = f"revision {config.revision} of a folder"
         return Finding("model", State.MISSING, detail, "pass a Hub id as --model, or no --revision")
+    try:
+        folder: Path | None = config.model_folder
+        if is_hub_id(config.model):
+            folder = cached_model(config.model, config.revision)
+        if folder is None:
+            remedy = "it is downloaded when the server starts"
+            return Finding("model", State.OPTIONAL, f"{config.model} is not here yet", remedy)
+        return _model_folder(folder)
+    except ConfigError as error:
+        detail, _, remedy = str(error).rpartition(": ")
+        return Finding("model", State.MISSING, detail, remedy)
+
+
+def _model_folder(folder: Path) -> Finding:
+    check_folder(folder)
     lacking = [name for name in _MODEL_FILES if not os.access(folder / name, os.R_OK)]
-    if not any(os.access(path, os.R_OK) for path in folder.glob("*.safetensors")):
+    weights = (folder / name for name in names_in(folder) if name.endswith(".safetensors"))
+    if not any(os.access(path, os.R_OK) for path in weights):
         lacking.append("*.safetensors")
     if lacking:
         detail = f"{folder}: no readable {', '.join(lacking)}"

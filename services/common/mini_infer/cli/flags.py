@@ -57,11 +57,17 @@ class Flags:
     def load_local(self, config_class: type[ModelConfigT]) -> ModelConfigT:
         """As `load`; a model that is named by its Hub id is downloaded and becomes a folder."""
         from mini_infer.cli.progress import byte_progress
-        from mini_infer.hub import with_local_model
+        from mini_infer.config import EngineConfig
+        from mini_infer.hub import Check, with_local_model
 
         config = self.load(config_class)
+        check: Check | None = None
+        if config_class is EngineConfig:
+            from mini_infer_engine.model_config import read_model_config
+
+            check = read_model_config
         with byte_progress(f"Downloading {config.model}") as on_progress:
-            return with_local_model(config, on_progress)
+            return with_local_model(config, on_progress, check)
 
     def describe(
         self, config_classes: Iterable[type[DataclassInstance]], names: Collection[str]
