@@ -92,17 +92,10 @@ def build_engine(
     served = read_served_model(config, dtype_name)
     served = replace(served, config=with_stored_ties(served.config, config.model_folder))
     dtype: torch.dtype = getattr(torch, dtype_name)
-    model_class = MODELS[served.config.architecture]
-    nowhere = Backend(REFERENCE, dtype, torch.device("meta"))
-    outline = model_class(served.config, nowhere, num_positions=1)
-    check_weights(outline, config.model_folder)
-    _check_memory(outline.num_bytes, dtype_name, device)
-    # Of whole blocks: merged steps go beyond a row's end, though not beyond its last block.
-    num_positions = -(-served.max_model_len // config.block_size) * config.block_size
-    backend = Backend(REFERENCE, dtype, device)
-    model = model_class(served.config, backend, num_positions=num_positions)
-    report = load_weights(model, config.model_folder, on_progress)
-    is_small = report.num_bytes < SMALL_MODEL_BYTES
+    model, num_stored_bytes = _load_model(
+        config, served, Backend(REFERENCE, dtype, device), on_progress
+    )
+    is_small = num_stored_bytes < SMALL_MODEL_BYTES
     if num_threads := config.num_threads or (is_small and small_model_threads):
         torch.set_num_threads(num_threads)
     needs_rotation_lens = any(depends_on_length(rope) for rope in served.config.ropes)
@@ -123,7 +116,6 @@ def build_engine(
     )
     num_blocks = _choose_num_blocks(config, served, spec, model, buffers)
     served = _within_cache(config, served, num_blocks)
-    pool = BlockPool(num_blocks, config.block_size)
     cache = KVCache(spec, num_blocks)
     num_rounds = min(MERGED_ROUNDS, config.block_size) if merge_decode_steps and is_small else 1
     forward = EagerForward(model)
@@ -137,17 +129,29 @@ def build_engine(
         max_queued_requests=config.max_queued_requests,
     )
     token_s = seconds_per_token(runner, served.max_model_len - 1)
+    pool = BlockPool(num_blocks, config.block_size)
     return Engine(served, pool, Scheduler(pool, limits), runner, model, token_s)
 
 
-def _check_memory(num_weight_bytes: int, dtype: str, device: torch.device) -> None:
-    """Refuses a model that would end in the middle of its allocation."""
-    memory = _memory_bytes(device)
-    if num_weight_bytes > memory:
+def _load_model(
+    config: EngineConfig, served: ServedModel, backend: Backend, on_progress: Progress | None
+) -> tuple[CausalLM, int]:
+    """The model, and the bytes of its weights in the checkpoint; all is checked beforehand."""
+    make_model = MODELS[served.config.architecture]
+    nowhere = replace(backend, device=torch.device("meta"))
+    outline = make_model(served.config, nowhere, num_positions=1)
+    check_weights(outline, config.model_folder)
+    memory = _memory_bytes(backend.device)
+    if outline.num_bytes > memory:
         raise ConfigError(
-            f"the weights take {num_weight_bytes} bytes as {dtype}, and {memory} are free on "
-            f"{device}: choose a smaller model, a machine with more memory, or a dtype of 16 bits"
+            f"the weights take {outline.num_bytes} bytes as {served.dtype}, and {memory} are free "
+            f"on {backend.device}: choose a smaller model, a machine with more memory, or a dtype "
+            "of 16 bits"
         )
+    # Of whole blocks: merged steps go beyond a row's end, though not beyond its last block.
+    num_positions = -(-served.max_model_len // config.block_size) * config.block_size
+    model = make_model(served.config, backend, num_positions=num_positions)
+    return model, load_weights(model, config.model_folder, on_progress).num_bytes
 
 
 def _make_recorded_runner(
