@@ -29,7 +29,7 @@ protoc = $(BIN)/python -m grpc_tools.protoc -I proto \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
 .PHONY: help install demo demo-eval serve proto proto-baseline proto-check format format-check \
-	lint typecheck test test-full test-gpu bench ci
+	lint typecheck test test-full test-gpu soak bench ci
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.* ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -87,6 +87,10 @@ test-gpu: $(DEV) ## the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
 	"make test-gpu needs a CUDA device and a CUDA build of torch; this torch is " + torch.__version__)'
 	@TIMEFORMAT='make test-gpu took %0R s'; time $(BIN)/pytest -m gpu $(ARGS)
+
+soak: $(DEV) ## the scheduler against its model, 100,000 x 200 steps: hours
+	@SOAK_EXAMPLES=$(or $(EXAMPLES),100000) SOAK_STEPS=200 \
+	$(BIN)/pytest --timeout 0 tests/engine/test_scheduler_machine.py $(ARGS)
 
 bench: $(DEV) ## speed on this CPU, beside transformers
 	@$(BIN)/python benchmarks/cpu_baseline.py

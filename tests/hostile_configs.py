@@ -53,7 +53,8 @@ def outcome(folder: Path) -> str:
         max_model_len=served.max_model_len,
         seed=0,
     )
-    engine.scheduler.add(served.sequence(StreamKey(b"", 0), prompt, sampling))
+    sequences = served.sequences([StreamKey(b"", 0)], prompt, sampling)
+    engine.scheduler.add(*sequences, now=0.0)
     while not engine.scheduler.is_idle:
         batch = engine.scheduler.schedule(0.0)
         for update in engine.scheduler.finish_step(batch, engine.runner.run(batch), 0.0):

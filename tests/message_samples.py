@@ -37,7 +37,7 @@ _SAMPLING = ResolvedSampling(0.7, 40, 0.9, 2**64 - 1, 128, 4, True, [7, 9])
 SAMPLES: dict[str, tuple[messages.Message, ...]] = {
     "to_engine": (
         *_FROM_GATEWAY,
-        messages.Submit(5, [1, 2, 3], [4], _SAMPLING, 30_000),
+        messages.Submit(5, [1, 2, 3], [4], _SAMPLING, 30_000, -7, "ann", "salt", [6, 2**32 - 1]),
         messages.Abort([5, 6], True),
     ),
     "from_engine": (
@@ -60,6 +60,7 @@ SAMPLES: dict[str, tuple[messages.Message, ...]] = {
         ),
         messages.Accepted(5),
         messages.Refused(5, ErrorReason.KV_EXHAUSTED, "no room", {"limit": "64"}),
+        messages.Refused(5, ErrorReason.DEADLINE_UNREACHABLE, "too late", {}, 2.5),
         messages.StepOutput(
             epoch=3,
             seq=9,
@@ -72,7 +73,12 @@ SAMPLES: dict[str, tuple[messages.Message, ...]] = {
             stop_token_ids=[messages.NO_STOP_TOKEN, 2],
             finished=[messages.FinishAccounting(0.5, 3.25, 40.0, 16, 1, 13)],
         ),
-        messages.EngineBeat(3, 41, 12.5, 2, 1, 9, 1),
+        messages.EngineBeat(
+            *(3, 41, 12.5, 2, 1, 9, 1, 4, 17),
+            counters=messages.EngineCounters(
+                *(900, 41, 600, 320, 1, 2, 12, 8, 3, 5, 1, 2), refusals={"KV_EXHAUSTED": 4}
+            ),
+        ),
     ),
     "to_tokenizer": (
         *_FROM_GATEWAY,

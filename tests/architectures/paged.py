@@ -10,16 +10,20 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from mini_infer.sampling_params import ResolvedSampling
 from mini_infer_engine.batch import ScheduledBatch, StepTokens
+from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.build import Engine
 from mini_infer_engine.captured_decode import CapturedDecode
 from mini_infer_engine.input_buffers import ModelInputs
+from mini_infer_engine.limits import SchedulerLimits
 from mini_infer_engine.model_runner import Forward, ModelRunner
-from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
+from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import StreamKey
+from mini_infer_engine.step_costs import StepCoefficients, StepCosts
 
 Texts = Sequence[tuple[list[int], list[int]]]
 """Prompt and output of each text."""
@@ -106,10 +110,12 @@ def run_forced(
         max_num_batched_tokens=max_step_tokens,
         max_queued_requests=len(texts),
     )
-    scheduler = Scheduler(pool, limits)
+    costs = StepCoefficients(step_s=1e-3, row_s=1e-5, token_s=1e-5, block_s=1e-5)
+    scheduler = Scheduler(BlockManager(pool), limits, StepCosts(costs))
     for index, (prompt, output) in enumerate(texts):
         sampling = greedy(len(output))
-        scheduler.add(engine.served.sequence(StreamKey(b"", index), prompt, sampling))
+        key = StreamKey(b"", index)
+        scheduler.add(*engine.served.sequences([key], prompt, sampling), now=0.0)
     rows: list[Rows] = []
     num_known = [len(prompt) for prompt, _ in texts]
     while not scheduler.is_idle:
@@ -127,7 +133,8 @@ def run_greedily(
     """Continues prompts together with the engine's own scheduler and runner."""
     for index, prompt in enumerate(prompts):
         sampling = greedy(num_tokens[index])
-        engine.scheduler.add(engine.served.sequence(StreamKey(b"", index), prompt, sampling))
+        key = StreamKey(b"", index)
+        engine.scheduler.add(*engine.served.sequences([key], prompt, sampling), now=0.0)
     outputs: list[list[int]] = [[] for _ in prompts]
     while not engine.scheduler.is_idle:
         batch = engine.scheduler.schedule(0.0)
@@ -162,4 +169,7 @@ def _forced_tokens(batch: ScheduledBatch, texts: Texts, num_known: list[int]) ->
         index = batch.keys[row].stream
         token_ids.append([texts[index][1][position]])
         num_known[index] += 1
-    return StepTokens(token_ids, [True] * len(token_ids))
+    num_rows = len(token_ids)
+    return StepTokens(
+        np.array(token_ids, np.int64).reshape(num_rows, 1), np.ones(num_rows, np.bool_)
+    )

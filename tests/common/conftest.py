@@ -1,4 +1,4 @@
-"""A stand-in Hub, and look-ups of Hub ids in processes of their own.
+"""A stand-in server with clients of it, a stand-in Hub, and look-ups of Hub ids.
 
 `huggingface_hub` reads the environment once, when it is imported: so every look-up has a process,
 with the variables that people set.
@@ -11,10 +11,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from common.stand_in_hub import WAIT_S, Outcome, Resolve, StandInHub
+from common.stand_in_service import Blocking, Script
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
+from mini_infer import Client
+from mini_infer.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
 
 RESOLVE = """
 import json, sys
@@ -74,3 +82,30 @@ def resolve(environment: dict[str, str], tmp_path: Path) -> Resolve:
         return Outcome(folder, result.get("error", ""), progress, done.stderr)
 
     return run
+
+
+@pytest.fixture
+def script() -> Script:
+    return Script()
+
+
+@pytest.fixture
+def health() -> HealthServicer:
+    return HealthServicer()
+
+
+@pytest.fixture
+def address(script: Script, health: HealthServicer) -> Iterator[str]:
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    add_InferenceServiceServicer_to_server(script, server)  # type: ignore[no-untyped-call]
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+@pytest.fixture(params=[Client, Blocking], ids=["sync", "async"])
+def client(request: pytest.FixtureRequest, address: str) -> Iterator[Any]:
+    with request.param(address) as made:
+        yield made

@@ -2,202 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import threading
-from collections.abc import Callable, Iterator
-from concurrent import futures
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import pytest
+from common.stand_in_service import CHOICES, Script
 from google.protobuf.any_pb2 import Any as PackedAny
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import HealthServicer
-from mini_infer import AsyncClient, Client, MiniInferError
+from mini_infer import Client, MiniInferError
 from mini_infer.client import Chunk, RequestFailed, Usage
-from mini_infer.client_wire import (
-    channel_options,
-    detokenize_request,
-    generate_request,
-    tokenize_request,
-)
-from mini_infer.errors import ErrorReason, InvalidRequestError
+from mini_infer.client_wire import channel_options
+from mini_infer.errors import ErrorReason
 from mini_infer.messages import FinishAccounting
 from mini_infer.v1 import generate_pb2 as pb2
 from mini_infer.v1 import inference_service_pb2 as service_pb2
-from mini_infer.v1.inference_service_pb2_grpc import (
-    InferenceServiceServicer,
-    add_InferenceServiceServicer_to_server,
-)
-
-STORY = [
-    pb2.GenerateResponse(
-        seq=0,
-        delta=pb2.Delta(text="Once ", token_ids=[1, 2]),
-        request_id="r1",
-        num_prompt_tokens=3,
-    ),
-    pb2.GenerateResponse(seq=1, delta=pb2.Delta(text="upon", token_ids=[3])),
-    pb2.GenerateResponse(
-        seq=2,
-        choice_finished=pb2.ChoiceFinished(
-            finish_reason=pb2.FINISH_REASON_STOP, stop_string=" a", num_output_tokens=3
-        ),
-    ),
-    pb2.GenerateResponse(
-        seq=3,
-        finished=pb2.Finished(
-            usage=pb2.Usage(num_prompt_tokens=3, num_output_tokens=3), seed=2**64 - 1
-        ),
-    ),
-]
-TRAILERS = (
-    ("mini-infer-queue-ms", "1.5"),
-    ("mini-infer-prefill-ms", "2.5"),
-    ("mini-infer-decode-ms", "3.5"),
-    ("mini-infer-cached-tokens", "4"),
-    ("mini-infer-preemptions", "5"),
-    ("mini-infer-steps", "6"),
-)
-
-
-@dataclass
-class Script(InferenceServiceServicer):
-    """What the server answers, and what it was asked."""
-
-    responses: list[pb2.GenerateResponse] = field(default_factory=lambda: list(STORY))
-    trailers: tuple[tuple[str, str | bytes], ...] = TRAILERS
-    failure: tuple[grpc.StatusCode, str] | None = None
-    hold: bool = False
-    asked: list[Any] = field(default_factory=list)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def Generate(self, request: Any, context: Any) -> Iterator[pb2.GenerateResponse]:
-        self._note(request, context)
-        context.add_callback(self.cancelled.set)
-        yield from self.responses
-        if self.hold:
-            self.cancelled.wait()
-
-    def Tokenize(self, request: Any, context: Any) -> service_pb2.TokenizeResponse:
-        self._note(request, context)
-        return service_pb2.TokenizeResponse(token_ids=[1, 2])
-
-    def Detokenize(self, request: Any, context: Any) -> service_pb2.DetokenizeResponse:
-        self._note(request, context)
-        return service_pb2.DetokenizeResponse(text="hi")
-
-    def GetModelInfo(self, request: Any, context: Any) -> service_pb2.GetModelInfoResponse:
-        self._note(request, context)
-        return service_pb2.GetModelInfoResponse(model="demo")
-
-    def GetServerInfo(self, request: Any, context: Any) -> service_pb2.GetServerInfoResponse:
-        self._note(request, context)
-        return service_pb2.GetServerInfoResponse(version="9")
-
-    def Abort(self, request: Any, context: Any) -> service_pb2.AbortResponse:
-        self._note(request, context)
-        return service_pb2.AbortResponse()
-
-    def _note(self, request: Any, context: Any) -> None:
-        self.asked.append(request)
-        context.set_trailing_metadata(self.trailers)
-        if self.failure is not None:
-            context.abort(*self.failure)
-
-
-class Blocking:
-    """`AsyncClient` driven like `Client`, so that a test can be written once for both."""
-
-    def __init__(self, address: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._client = self._do(self._make(address))
-
-    def __enter__(self) -> Blocking:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._do(self._client.close())
-        self._loop.close()
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._client, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            async def run() -> Any:
-                result = method(*args, **kwargs)
-                return await result if asyncio.iscoroutine(result) else result
-
-            result = self._do(run())
-            return BlockingStream(self, result) if name == "generate" else result
-
-        return call
-
-    def _do(self, coroutine: Any) -> Any:
-        return self._loop.run_until_complete(coroutine)
-
-    @staticmethod
-    async def _make(address: str) -> AsyncClient:
-        return AsyncClient(address)
-
-
-class BlockingStream:
-    def __init__(self, client: Blocking, stream: Any) -> None:
-        self._client = client
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[Chunk]:
-        chunks = self._stream.__aiter__()
-        while True:
-            try:
-                yield self._client._do(chunks.__anext__())
-            except StopAsyncIteration:
-                return
-
-    def text(self) -> str:
-        text: str = self._client._do(self._stream.text())
-        return text
-
-    def __enter__(self) -> BlockingStream:
-        self._client._do(self._stream.__aenter__())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client._do(self._stream.__aexit__(None, None, None))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@pytest.fixture
-def script() -> Script:
-    return Script()
-
-
-@pytest.fixture
-def health() -> HealthServicer:
-    return HealthServicer()
-
-
-@pytest.fixture
-def address(script: Script, health: HealthServicer) -> Iterator[str]:
-    server = grpc.server(futures.ThreadPoolExecutor(4))
-    add_InferenceServiceServicer_to_server(script, server)  # type: ignore[no-untyped-call]
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop(None).wait()
-
-
-@pytest.fixture(params=[Client, Blocking], ids=["sync", "async"])
-def client(request: pytest.FixtureRequest, address: str) -> Iterator[Any]:
-    with request.param(address) as made:
-        yield made
 
 
 def test_stream_gives_chunks_and_then_the_end(client: Any) -> None:
@@ -218,6 +40,52 @@ def test_text_reads_the_rest(client: Any) -> None:
     assert next(iter(stream)).text == "Once "
     assert stream.text() == "Once upon"
     assert stream.finish_reason == "stop"
+
+
+def test_chunks_say_which_choice_goes_on(client: Any, script: Script) -> None:
+    script.responses = list(CHOICES)
+    stream = client.generate("A fox", n=2)
+    assert [choice.text for choice in stream.choices] == ["", ""]
+    assert list(stream) == [
+        Chunk("a ", [1], 1),
+        Chunk("Once ", [2, 3], 0),
+        Chunk("fox", [4], 1),
+        Chunk("upon", [5], 0),
+    ]
+    assert script.asked[0].sampling.n == 2
+
+
+def test_each_choice_has_its_own_output_and_end(client: Any, script: Script) -> None:
+    script.responses = list(CHOICES)
+    stream = client.generate("A fox", n=2)
+    assert stream.text() == "Once upon"
+    told = [
+        (each.text, each.token_ids, each.finish_reason, each.matched_stop)
+        for each in stream.choices
+    ]
+    assert told == [("Once upon", [2, 3, 5], "length", None), ("a fox", [1, 4], "stop", 4)]
+    assert (stream.token_ids, stream.finish_reason) == ([2, 3, 5], "length")
+    assert stream.matched_stop is None
+    assert stream.usage == Usage(3, 5, num_cached_tokens=2)
+    assert stream.seed == 7
+
+
+def test_choices_keep_what_came_before_an_error(client: Any, script: Script) -> None:
+    script.responses = CHOICES[:4]
+    script.hold = True
+    stream = client.generate("A fox", n=3, timeout=0.5)
+    with pytest.raises(RequestFailed):
+        stream.text()
+    told = [(each.text, each.finish_reason) for each in stream.choices]
+    assert told == [("Once ", None), ("a fox", "stop"), ("", None)]
+
+
+@pytest.mark.parametrize("n", [0, 2**32 - 1])
+def test_number_of_choices_that_no_server_takes(client: Any, script: Script, n: int) -> None:
+    script.failure = (grpc.StatusCode.INVALID_ARGUMENT, "bad")
+    with pytest.raises(RequestFailed):
+        client.generate("A fox", n=n).text()
+    assert script.asked[0].sampling.n == n
 
 
 def test_server_without_accounting(client: Any, script: Script) -> None:
@@ -351,152 +219,6 @@ def test_server_that_is_not_there() -> None:
     assert caught.value.code is grpc.StatusCode.UNAVAILABLE
 
 
-def test_options_reach_their_fields() -> None:
-    request = generate_request(
-        [4, 5],
-        {
-            "model": "demo",
-            "request_id": "r",
-            "add_special_tokens": False,
-            "temperature": 0.5,
-            "top_k": 0,
-            "top_p": 0.25,
-            "seed": 0,
-            "max_tokens": 7,
-            "min_tokens": 2,
-            "stop": "end",
-            "stop_token_ids": [9],
-            "ignore_eos": True,
-            "ids_only": True,
-            "stream_interval": 3,
-            "skip_special_tokens": False,
-            "include_stop_str_in_output": True,
-        },
-    )
-    assert request == pb2.GenerateRequest(
-        token_ids=pb2.TokenIds(ids=[4, 5]),
-        model="demo",
-        request_id="r",
-        add_special_tokens=False,
-        sampling=pb2.SamplingOptions(temperature=0.5, top_k=0, top_p=0.25, seed=0),
-        stopping=pb2.StoppingOptions(
-            max_tokens=7, min_tokens=2, stop=["end"], stop_token_ids=[9], ignore_eos=True
-        ),
-        output=pb2.OutputOptions(
-            ids_only=True,
-            stream_interval=3,
-            skip_special_tokens=False,
-            include_stop_str_in_output=True,
-        ),
-    )
-
-
-def test_absent_options_stay_absent() -> None:
-    request = generate_request("hi", {})
-    assert not request.sampling.HasField("temperature")
-    assert not request.stopping.HasField("max_tokens")
-    assert not request.HasField("request_id")
-
-
-def test_stop_may_be_one_string_or_several() -> None:
-    assert list(generate_request("hi", {"stop": ["a", "b"]}).stopping.stop) == ["a", "b"]
-
-
-def test_chat_prompt() -> None:
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    request = generate_request(chat, {"add_generation_prompt": False})
-    assert [(each.role, each.content[0].text) for each in request.chat.messages] == [
-        ("system", "s"),
-        ("user", "u"),
-    ]
-    assert not request.chat.add_generation_prompt
-
-
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"z": 1, "a": 1.0}}}
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"b": 1, "a": "ü"}}}
-CHAT_OPTIONS: Any = {
-    "add_generation_prompt": False,
-    "continue_final_message": True,
-    "tools": [TOOL],
-    "documents": [{"text": "x"}],
-    "template_kwargs": {"z": 2**60, "n": [1, 1.0]},
-    "chat_template": "rag",
-}
-LONG_CHAT: Any = [
-    {"role": "user", "content": "", "name": "Ann"},
-    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "Hm."},
-    {"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": "text"}}]},
-    {"role": "tool", "content": "42", "tool_call_id": "1"},
-]
-
-
-def test_chat_options_reach_their_fields(client: Any, script: Script) -> None:
-    client.tokenize(LONG_CHAT, **CHAT_OPTIONS)
-    client.generate(LONG_CHAT, max_tokens=1, **CHAT_OPTIONS).text()
-    tokenized, generated = script.asked
-    assert tokenized.chat == generated.chat
-    call = pb2.ToolCall(id="1", function_name="f", arguments_json='{"b": 1, "a": "ü"}')
-    expected = pb2.Chat(
-        messages=[
-            pb2.ChatMessage(role="user", content=[pb2.ContentPart(text="")], name="Ann"),
-            pb2.ChatMessage(role="assistant", tool_calls=[call], reasoning_content="Hm."),
-            pb2.ChatMessage(
-                role="assistant",
-                tool_calls=[pb2.ToolCall(function_name="g", arguments_text="text")],
-            ),
-            pb2.ChatMessage(role="tool", content=[pb2.ContentPart(text="42")], tool_call_id="1"),
-        ],
-        add_generation_prompt=False,
-        continue_final_message=True,
-        tools_json=[json.dumps(TOOL)],
-        documents_json=['{"text": "x"}'],
-        chat_template="rag",
-        template_kwargs_json='{"z": 1152921504606846976, "n": [1, 1.0]}',
-    )
-    assert generated.chat == expected
-
-
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
-        ({"top_k": -1}, "sampling.top_k"),
-        ({"seed": -1}, "sampling.seed"),
-        ({"max_tokens": 10**11}, "stopping.max_tokens"),
-        ({"max_tokens": "5"}, "stopping.max_tokens"),
-        ({"stop": ["a", "\ud800"]}, "stopping.stop"),
-        ({"stop_token_ids": [-1]}, "stopping.stop_token_ids"),
-        ({"stream_interval": -1}, "output.stream_interval"),
-        ({"model": "\ud800"}, "model"),
-    ],
-    ids=str,
-)
-def test_value_that_no_field_holds_is_named(options: Any, field: str) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        generate_request("hi", options)
-    assert [each.field for each in caught.value.violations] == [field]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "field"),
-    [
-        ("\ud800", "text"),
-        ([4, -1], "token_ids.ids"),
-        ([{"role": "user", "content": "\udfff"}], "chat.messages[0].content[0].text"),
-        ([{"role": 7, "content": "a"}], "chat.messages[0].role"),
-    ],
-    ids=["text", "ids", "content", "role"],
-)
-def test_prompt_that_no_field_holds_is_named(prompt: Any, field: str) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        generate_request(prompt, {"top_k": -1})
-    assert [each.field for each in caught.value.violations] == ["sampling.top_k", field]
-    with pytest.raises(InvalidRequestError) as caught:
-        detokenize_request(prompt, None) if field == "token_ids.ids" else tokenize_request(
-            prompt, None, {}
-        )
-    assert [each.field for each in caught.value.violations] == [field.removesuffix(".ids")]
-
-
 def test_proxy_of_the_environment_is_not_asked_for_this_machine(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -522,8 +244,3 @@ def test_proxy_of_the_environment_is_not_asked_for_this_machine(
 )
 def test_proxies_are_for_other_machines(address: str, is_loopback: bool) -> None:
     assert (("grpc.enable_http_proxy", 0) in channel_options(address)) is is_loopback
-
-
-def test_unknown_option_is_a_type_error() -> None:
-    with pytest.raises(TypeError, match="max_token"):
-        generate_request("hi", {"max_token": 3})  # type: ignore[typeddict-unknown-key]

@@ -1,4 +1,4 @@
-"""Options of chats that the clients refuse; `test_client.py` has those that reach the server."""
+"""Options of chats that the clients refuse; `test_client_requests.py` has those that they send."""
 
 from __future__ import annotations
 

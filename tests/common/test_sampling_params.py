@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.sampling_params import (
@@ -33,6 +34,8 @@ def resolve(params: SamplingParams, **replaced: object) -> ResolvedSampling:
         {},
         {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "max_tokens": 1},
         {"temperature": 100.0, "top_k": 2**31 - 1, "top_p": 1e-9, "seed": 2**64 - 1},
+        {"n": 1},
+        {"n": 16},
         {"min_tokens": 5},
         {"min_tokens": 5, "max_tokens": 5},
         {"stop": ["x"] * 16, "stop_token_ids": [0, VOCAB_SIZE - 1] * 32},
@@ -55,6 +58,8 @@ def test_good_values_have_no_violations(values: dict[str, object]) -> None:
         ({"top_p": 0.0}, "sampling.top_p"),
         ({"top_p": 1.01}, "sampling.top_p"),
         ({"top_p": math.nan}, "sampling.top_p"),
+        ({"n": 0}, "sampling.n"),
+        ({"n": 17}, "sampling.n"),
         ({"seed": -1}, "sampling.seed"),
         ({"seed": 2**64}, "sampling.seed"),
         ({"max_tokens": 0}, "stopping.max_tokens"),
@@ -115,3 +120,10 @@ def test_what_does_not_fit_the_context_is_refused(
 
 def test_the_largest_output_that_fits_is_admitted() -> None:
     assert resolve(SamplingParams(max_tokens=90)).max_tokens == 90
+
+
+def test_choices_differ_in_their_seeds_alone() -> None:
+    first = resolve(SamplingParams(seed=2**64 - 1, temperature=0.5, stop_token_ids=[7]))
+    assert first.of_choice(0) == first
+    assert first.of_choice(1) == msgspec.structs.replace(first, seed=0)
+    assert first.of_choice(15) == msgspec.structs.replace(first, seed=14)

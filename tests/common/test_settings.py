@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -50,6 +51,9 @@ def test_flag_beats_environment_beats_file_beats_default(
         ("revision", "v1.0", "v1.0"),
         ("max_model_len", "2048", 2048),
         ("gpu_memory_utilization", "0.5", 0.5),
+        ("swap_space_gib", "2.5", 2.5),
+        ("enable_prefix_caching", "false", False),
+        ("max_queued_tokens", "100000", 100_000),
     ],
 )
 def test_environment_is_parsed_by_type(
@@ -117,6 +121,27 @@ def test_a_bad_file_is_one_sentence(config_file: Path, content: bytes, message: 
     with pytest.raises(ConfigError, match=message) as caught:
         load(GatewayConfig, config_file=config_file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "admitted"),
+    [
+        ("swap_space_gib", [-0.1, math.inf, math.nan], [None, 0.0, 0.5]),
+        ("cpu_kv_cache_gib", [-1.0, math.inf, math.nan], [0.0, 64.0]),
+        ("kv_watermark", [-0.01, 1.0, math.nan], [0.0, 0.99]),
+        ("max_queued_tokens", [0, -1], [None, 1]),
+        ("target_itl_ms", [0.0, -5.0, math.inf, math.nan], [None, 0.1, 50.0]),
+        ("priority_ageing_s", [0.0, -5.0, math.inf, math.nan], [0.1, 30.0]),
+    ],
+)
+def test_values_of_the_scheduler_and_its_memory_make_sense(
+    name: str, refused: list[float], admitted: list[float | None]
+) -> None:
+    for value in refused:
+        with pytest.raises(ConfigError, match=f"^{name} must be .*got {value}$"):
+            load(EngineConfig, {name: value})
+    for value in admitted:
+        assert getattr(load(EngineConfig, {name: value}).config, name) == value
 
 
 def test_a_missing_file_is_named(config_file: Path) -> None:

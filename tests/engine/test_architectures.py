@@ -70,6 +70,7 @@ class Tally:
     seen: set[str] = field(default_factory=set)
     num_rows: int = 0
     worst_error: float = 0.0
+    num_hit_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.greedy = GreedyComparison(self.continuations)
@@ -79,7 +80,7 @@ class Tally:
         return (
             f"{len(self.seen)} models, {self.num_rows} rows of logits, worst error "
             f"{self.worst_error:.1e}; {self.greedy.num_tokens} greedy tokens, near-ties: "
-            f"{self.greedy.near_ties}"
+            f"{self.greedy.near_ties}; {self.num_hit_tokens} tokens of known prefixes"
         )
 
 
@@ -122,9 +123,14 @@ def compare(case: Case, tally: Tally) -> None:
     ]
     too_far = [error for error in errors if not error <= MAX_ERROR]
     assert not too_far, (len(too_far), len(errors), too_far[:9])
-    outputs = run_greedily(engine, prompts(case), [NUM_TOKENS] * len(continuations))
-    for each, output in zip(continuations, outputs, strict=True):
-        tally.greedy.add(each.prompt_ids, each.output_ids, output)
+    # Their halves first, so that prefixes are known where the model allows that.
+    halves = [prompt_ids[: -(-len(prompt_ids) // 2)] for prompt_ids in prompts(case)]
+    run_greedily(engine, halves, [1] * len(halves))
+    for _ in range(2):
+        outputs = run_greedily(engine, prompts(case), [NUM_TOKENS] * len(continuations))
+        for each, output in zip(continuations, outputs, strict=True):
+            tally.greedy.add(each.prompt_ids, each.output_ids, output)
+    tally.num_hit_tokens += engine.scheduler.counters().num_hit_tokens
     tally.num_rows += len(errors)
     tally.worst_error = max(tally.worst_error, *errors)
 
@@ -237,6 +243,7 @@ def compare_drawn(
         check()
     tally.greedy.check()
     print(tally)
+    assert tally.num_hit_tokens > 0
     assert len(tally.seen) == num_rounds * models_per_round
 
 

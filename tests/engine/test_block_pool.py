@@ -44,11 +44,32 @@ def test_more_than_is_free_is_refused_and_changes_nothing() -> None:
     pool.check_integrity([taken])
 
 
-@pytest.mark.parametrize("call", ["release", "share"])
-def test_a_free_block_is_neither_released_nor_shared(call: str) -> None:
+def test_an_empty_block_is_neither_released_nor_shared() -> None:
     pool = BlockPool(3, 16)
     with pytest.raises(ValueError, match="free block 1"):
-        getattr(pool, call)([1])
+        pool.release([1])
+    with pytest.raises(ValueError, match="empty block 1"):
+        pool.share([1])
+
+
+def test_what_is_kept_is_cached_until_it_is_needed() -> None:
+    evicted: list[int] = []
+    pool = BlockPool(3, 16)
+    pool.on_evict = evicted.append
+    first, second, third = pool.allocate(3)
+    for block in (first, third):
+        pool.keep(block)
+    pool.release([first, second, third])
+    assert (pool.num_cached, pool.num_free, pool.num_used) == (2, 3, 0)
+    assert pool.allocate(1) == [second]
+    pool.share([first])
+    assert (pool.num_cached, pool.num_used) == (1, 2)
+    assert pool.allocate(1) == [third]
+    assert evicted == [third]
+    pool.release([first])
+    pool.drop(first)
+    assert (pool.num_cached, pool.num_free) == (0, 1)
+    pool.check_integrity([[second], [third]])
 
 
 def test_integrity_check_notices_a_lost_and_a_doubled_block() -> None:

@@ -31,7 +31,7 @@ def generate(
     for row in range(num_rows):
         sampling = ResolvedSampling(seed=row, **{**fields, **options})  # type: ignore[arg-type]
         prompt = list(range(10 + row, 31 + 9 * row))
-        scheduler.add(engine.served.sequence(StreamKey(b"", row), prompt, sampling))
+        scheduler.add(*engine.served.sequences([StreamKey(b"", row)], prompt, sampling), now=0.0)
     outputs: list[list[int]] = [[] for _ in range(num_rows)]
     before = scheduler.num_steps
     while not scheduler.is_idle:
@@ -84,7 +84,7 @@ def test_rows_that_draw_or_ban_are_not_merged(engine: Engine, options: dict[str,
 def test_a_row_that_is_not_finite_in_a_merged_step_fails(engine: Engine) -> None:
     scheduler, runner = engine.scheduler, engine.runner
     sampling = ResolvedSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=40)
-    scheduler.add(engine.served.sequence(StreamKey(b"", 0), [9] * 16, sampling))
+    scheduler.add(*engine.served.sequences([StreamKey(b"", 0)], [9] * 16, sampling), now=0.0)
     batch = scheduler.schedule(0.0)
     scheduler.finish_step(batch, runner.run(batch), 0.0)
     runner.cache.fill(batch.block_tables[0].tolist(), float("nan"))

@@ -12,6 +12,7 @@ from mini_infer import channel
 from mini_infer.channel import connect_dealer
 from mini_infer.config import EngineConfig
 from mini_infer.messages import (
+    NO_STOP_TOKEN,
     PROTOCOL_VERSION,
     EngineWelcome,
     FinishAccounting,
@@ -27,10 +28,11 @@ from mini_infer.messages import (
 from mini_infer_engine import gateway_sessions
 from mini_infer_engine.gateway_sessions import GatewaySessions
 from mini_infer_engine.inbox import Inbox, KeepOnly, SocketFailed
+from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.outbox import Outbox
-from mini_infer_engine.scheduler import SequenceUpdate
 from mini_infer_engine.sequence import StreamKey
 from mini_infer_engine.served_model import read_served_model
+from mini_infer_engine.step_updates import SequenceEnd, StepUpdates
 
 OWNER = b"gateway-test"
 IDS_PER_STEP = 5000
@@ -41,7 +43,9 @@ class Line:
 
     def __init__(self, folder: Path) -> None:
         address = f"ipc://{folder}/engine.sock"
-        served = read_served_model(EngineConfig(), "float32")
+        config = EngineConfig()
+        model_config = read_model_config(config.model_folder)
+        served = read_served_model(config, model_config, "float32")
         welcome = served.welcome(engine_id="engine-test", epoch=1, num_blocks=1, block_size=16)
         self.inbox, self.outbox = Inbox(), Outbox()
         self.sessions = GatewaySessions(address, welcome, self.inbox, self.outbox)
@@ -70,9 +74,13 @@ class Line:
         start = self.num_steps * IDS_PER_STEP
         self.num_steps += 1
         ids = list(range(start, start + IDS_PER_STEP))
-        end = None if code is FinishCode.RUNNING else FinishAccounting(0, 0, 0, 0, 0, 1)
-        update = SequenceUpdate(StreamKey(OWNER, 1), start, ids, code, accounting=end)
-        self.outbox.publish(self.num_steps, [update])
+        accounting = FinishAccounting(0, 0, 0, 0, 0, 1)
+        end = None
+        if code is not FinishCode.RUNNING:
+            end = SequenceEnd(code, NO_STOP_TOKEN, accounting)
+        updates = StepUpdates()
+        updates.add(StreamKey(OWNER, 1), start, ids, end)
+        self.outbox.publish(self.num_steps, updates)
 
     def close(self) -> None:
         self.sessions.stop()

@@ -219,3 +219,55 @@ def test_configs_that_cannot_work_say_so() -> None:
         LLMEngine(EngineConfig(device="cpu:abc"))
     with pytest.raises(ConfigError, match="lower it"):
         LLMEngine(EngineConfig(kv_cache_tokens=10**14))
+
+
+def test_several_choices_are_those_of_their_seeds_and_share_the_prompt(engine: LLMEngine) -> None:
+    prompt = STORY + " there was a fox" * 10
+    options = {"max_tokens": 15, "temperature": 1.0, "ignore_eos": True, "cache_salt": "choices"}
+    outputs = engine.generate([prompt, STORY], n=3, seed=2**64 - 2, **options)
+    assert [output.choice_index for output in outputs] == [0, 1, 2, 0, 1, 2]
+    assert [output.seed for output in outputs[:3]] == [2**64 - 2, 2**64 - 1, 0]
+    num_prompt = len(outputs[0].prompt_token_ids)
+    assert [output.num_cached_tokens for output in outputs[1:3]] == [num_prompt - 1] * 2
+    for output in outputs[:3]:
+        (alone,) = engine.generate(prompt, seed=output.seed, **options)
+        assert alone.token_ids == output.token_ids
+    assert len({tuple(output.token_ids) for output in outputs}) == 6
+
+
+def test_more_choices_than_the_queue_holds_are_served(engine: LLMEngine) -> None:
+    with LLMEngine(
+        EngineConfig(max_num_seqs=2, max_queued_requests=3, kv_cache_tokens=2048)
+    ) as small:
+        outputs = small.generate([STORY] * 5, n=4, max_tokens=3, temperature=0.0)
+    assert len(outputs) == 20
+    assert len({output.text for output in outputs}) == 1
+
+
+def test_cached_tokens_belong_to_a_salt(engine: LLMEngine) -> None:
+    prompt = STORY + " and a king" * 12
+    cached = [
+        engine.generate(prompt, max_tokens=2, temperature=0.0, cache_salt=salt)[0].num_cached_tokens
+        for salt in ("a", "a", "b", "")
+    ]
+    assert cached[0] == cached[2] == cached[3] == 0
+    assert cached[1] % 16 == 0
+    assert cached[1] >= 16
+
+
+def test_priorities_of_prompts_decide_who_goes_first() -> None:
+    with LLMEngine(EngineConfig(max_num_seqs=1, kv_cache_tokens=512)) as engine:
+        ends: list[int] = []
+        scheduler = engine._engine.scheduler
+        finish_step = scheduler.finish_step
+
+        def recording(*arguments: object) -> object:
+            updates = finish_step(*arguments)  # type: ignore[arg-type]
+            ends.extend(update.key.stream for update in updates if update.accounting)
+            return updates
+
+        scheduler.finish_step = recording  # type: ignore[method-assign, assignment]
+        engine.generate(["a", "b", "c"], priority=[5, 0, -5], max_tokens=2, ignore_eos=True)
+        assert ends == [2, 1, 0]
+        with pytest.raises(ValueError, match="expected 2 priorities"):
+            engine.generate(["a", "b"], priority=[1])

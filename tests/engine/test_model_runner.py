@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from mini_infer.config import EngineConfig
 from mini_infer.sampling_params import ResolvedSampling
-from mini_infer_engine.batch import StepTokens
+from mini_infer_engine.batch import ScheduledBatch, StepTokens
+from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.build import Engine, build_engine
-from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
+from mini_infer_engine.limits import SchedulerLimits
+from mini_infer_engine.model_runner import ModelRunner
+from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import StreamKey
+from mini_infer_engine.step_costs import StepCoefficients, StepCosts
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM as ReferenceModel
 
@@ -47,7 +55,9 @@ def pair(
     folder = tmp_path_factory.mktemp("model")
     reference.save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")
-    engine = build_engine(EngineConfig(model=str(folder), kv_cache_tokens=2048))
+    engine = build_engine(
+        EngineConfig(model=str(folder), kv_cache_tokens=2048, swap_space_gib=0.01)
+    )
     return engine, reference
 
 
@@ -68,21 +78,63 @@ def reference_greedy(reference: ReferenceModel, prompt: list[int], num_tokens: i
     return ids[0, len(prompt) :].tolist()
 
 
-def greedy(
-    engine: Engine, requests: list[list[int]], num_tokens: int, *, budget: int, num_blocks: int
-) -> list[list[int]]:
-    pool = BlockPool(num_blocks, 16, on_free=lambda blocks: engine.runner.cache.fill(blocks, 1e4))
+class PoisonsFreedBlocks:
+    """The engine's runner, and what the blocks of block tables are on its device."""
+
+    def __init__(self, runner: ModelRunner, *, swaps: bool = False) -> None:
+        """Where `swaps`, each step moves every block through the host to another place."""
+        self._runner = runner
+        self._swaps = swaps
+        self._generator = np.random.default_rng(0)
+        self._places = np.arange(runner.cache.num_blocks)
+
+    def poison(self, blocks: Sequence[int]) -> None:
+        self._runner.cache.fill(self._places[blocks], 1e4)
+
+    def run(self, batch: ScheduledBatch) -> StepTokens:
+        return self._runner.run(self._with_swaps(batch) if self._swaps else batch)
+
+    def _with_swaps(self, batch: ScheduledBatch) -> ScheduledBatch:
+        moves = (batch.swap_outs, batch.zero_blocks, batch.swap_ins, batch.block_copies)
+        assert not any(map(len, moves))
+        before, on_host = self._places, self._generator.permutation(self._places)
+        after = self._places = self._generator.permutation(self._places)
+        return replace(
+            batch,
+            block_tables=after[batch.block_tables],
+            swap_outs=np.stack((before, on_host), axis=1),
+            zero_blocks=before,
+            swap_ins=np.stack((on_host, after), axis=1),
+        )
+
+
+def scheduler_over(pool: BlockPool, budget: int) -> Scheduler:
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=budget, max_queued_requests=99)
-    scheduler = Scheduler(pool, limits)
+    costs = StepCoefficients(step_s=1e-3, row_s=1e-5, token_s=1e-5, block_s=1e-5)
+    return Scheduler(BlockManager(pool), limits, StepCosts(costs))
+
+
+def greedy(
+    engine: Engine,
+    requests: list[list[int]],
+    num_tokens: int,
+    *,
+    budget: int,
+    num_blocks: int,
+    swaps: bool = False,
+) -> list[list[int]]:
+    runner = PoisonsFreedBlocks(engine.runner, swaps=swaps)
+    scheduler = scheduler_over(BlockPool(num_blocks, 16, on_free=runner.poison), budget)
     sampling = ResolvedSampling(
         temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=num_tokens, ignore_eos=True
     )
     for stream, prompt in enumerate(requests):
-        scheduler.add(engine.served.sequence(StreamKey(b"", stream), prompt, sampling))
+        key = StreamKey(b"", stream)
+        scheduler.add(*engine.served.sequences([key], prompt, sampling), now=0.0)
     outputs: list[list[int]] = [[] for _ in requests]
     while not scheduler.is_idle:
         batch = scheduler.schedule(0.0)
-        for update in scheduler.finish_step(batch, engine.runner.run(batch), 0.0):
+        for update in scheduler.finish_step(batch, runner.run(batch), 0.0):
             assert update.error is None
             outputs[update.key.stream] += update.token_ids
         scheduler.check_integrity()
@@ -101,6 +153,15 @@ def test_greedy_equals_transformers(
     requests = prompts(7)
     expected = [reference_greedy(reference, prompt, 12) for prompt in requests]
     assert greedy(engine, requests, 12, budget=budget, num_blocks=num_blocks) == expected
+
+
+def test_swapped_sequences_go_on_as_if_they_had_stayed(
+    pair: tuple[Engine, ReferenceModel],
+) -> None:
+    engine, reference = pair
+    requests = prompts(3)
+    outputs = greedy(engine, requests, 12, budget=48, num_blocks=128, swaps=True)
+    assert outputs == [reference_greedy(reference, prompt, 12) for prompt in requests]
 
 
 def test_logits_equal_transformers(pair: tuple[Engine, ReferenceModel]) -> None:
@@ -123,20 +184,18 @@ def test_blocks_with_non_finite_values_are_cleared_before_reuse(
     pair: tuple[Engine, ReferenceModel],
 ) -> None:
     engine, reference = pair
-    pool = BlockPool(8, 16)
-    limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=99, max_queued_requests=99)
-    scheduler = Scheduler(pool, limits)
+    scheduler = scheduler_over(BlockPool(8, 16), 99)
     sampling = ResolvedSampling(
         temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=3, ignore_eos=True
     )
-    scheduler.add(engine.served.sequence(StreamKey(b"", 0), [5] * 20, sampling))
+    scheduler.add(*engine.served.sequences([StreamKey(b"", 0)], [5] * 20, sampling), now=0.0)
     batch = scheduler.schedule(0.0)
     engine.runner.run(batch)
     engine.runner.cache.fill(batch.block_tables[0].tolist(), float("nan"))
-    (update,) = scheduler.finish_step(batch, StepTokens([[0]], [False]), 0.0)
+    (update,) = scheduler.finish_step(batch, StepTokens(np.array([[0]]), np.array([False])), 0.0)
     assert update.error is not None
     prompt = list(range(2, 22))
-    scheduler.add(engine.served.sequence(StreamKey(b"", 1), prompt, sampling))
+    scheduler.add(*engine.served.sequences([StreamKey(b"", 1)], prompt, sampling), now=0.0)
     output: list[int] = []
     while not scheduler.is_idle:
         batch = scheduler.schedule(0.0)
@@ -144,9 +203,3 @@ def test_blocks_with_non_finite_values_are_cleared_before_reuse(
             assert update.error is None
             output += update.token_ids
     assert output == reference_greedy(reference, prompt, 3)
-
-
-def test_the_cache_on_a_cpu_is_bounded() -> None:
-    engine = build_engine(EngineConfig(max_num_seqs=4096, max_num_batched_tokens=4096))
-    spec = engine.runner.cache.spec
-    assert 2**29 < engine.pool.num_blocks * spec.bytes_per_block <= 2**30

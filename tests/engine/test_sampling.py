@@ -14,7 +14,7 @@ VOCAB = 50
 
 def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[torch.Tensor, torch.Tensor]:
     chosen, finite = sampling.sample(logits, columns)
-    return torch.tensor(chosen), torch.tensor(finite)
+    return torch.from_numpy(chosen[:, 0]), torch.from_numpy(finite)
 
 
 def columns(

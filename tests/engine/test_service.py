@@ -22,6 +22,7 @@ from mini_infer.messages import (
     Accepted,
     EngineBeat,
     EngineWelcome,
+    FinishAccounting,
     FinishCode,
     GatewayBeat,
     Hello,
@@ -49,6 +50,7 @@ class Received:
     messages: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     finish_code: FinishCode = FinishCode.RUNNING
+    accounting: FinishAccounting | None = None
     refused: Refused | None = None
 
 
@@ -76,12 +78,14 @@ class WireGateway:
         self.socket.send(encode(message))
 
     def submit(self, stream: int, prompt_ids: list[int], **sampling: object) -> None:
+        names = ("budget_ms", "priority", "principal", "cache_salt", "siblings")
+        fields = {name: sampling.pop(name) for name in names if name in sampling}
         output_ids = sampling.pop("output_ids", [])
-        budget_ms = sampling.pop("budget_ms", -1)
         options = dict(temperature=1.0, top_k=0, top_p=1.0, seed=stream, max_tokens=8) | sampling
-        self.streams[stream] = Received(num_resumed=len(output_ids))
+        for each in (stream, *fields.get("siblings", [])):
+            self.streams[each] = Received(num_resumed=len(output_ids))
         resolved = ResolvedSampling(**options)
-        self.send(Submit(stream, prompt_ids, output_ids, resolved, budget_ms))
+        self.send(Submit(stream, prompt_ids, output_ids, resolved, **fields))
 
     def until(self, done: Callable[[], bool], timeout_s: float = 20.0) -> None:
         end = time.monotonic() + timeout_s
@@ -120,8 +124,8 @@ class WireGateway:
             received.steps.append(output.step)
             received.finish_code = FinishCode(output.finish_codes[row])
             if received.finish_code:
-                accounting = next(finished)
-                assert accounting.queue_ms >= 0
+                received.accounting = next(finished)
+                assert received.accounting.queue_ms >= 0
         assert next(ids, None) is None
         assert next(finished, None) is None
 
@@ -185,7 +189,7 @@ def test_streams_get_their_tokens_and_join_at_any_step(start: Start, connect: Co
 
 
 def test_rows_of_several_tokens_arrive_whole_and_in_order(start: Start, connect: Connect) -> None:
-    gateway = connect(start(step_ms=1, tokens_per_row=3))
+    gateway = connect(start(step_ms=20, tokens_per_row=3))
     gateway.hello()
     gateway.submit(4, [1] * 20, max_tokens=10)
     gateway.until_finished(4)
@@ -246,6 +250,7 @@ def test_deadlines_end_waiting_and_running_streams(start: Start, connect: Connec
     gateway = connect(start(step_ms=10, max_num_seqs=1, max_num_batched_tokens=64))
     gateway.hello()
     gateway.submit(1, [5], max_tokens=4000, budget_ms=300)
+    gateway.until(lambda: bool(gateway.streams[1].token_ids))
     gateway.submit(2, [5], max_tokens=4000, budget_ms=100)
     gateway.until_finished(1, 2)
     assert gateway.streams[1].finish_code is FinishCode.DEADLINE
@@ -334,3 +339,80 @@ def test_a_gateway_that_does_not_read_is_given_merged_output(
     gateway.until_finished(*gateway.streams)
     for stream, received in gateway.streams.items():
         assert received.token_ids == scripted(stream, 4000)
+
+
+def cached_tokens(gateway: WireGateway, stream: int) -> int:
+    accounting = gateway.streams[stream].accounting
+    assert accounting is not None
+    return accounting.num_cached_tokens
+
+
+def test_siblings_are_streams_of_their_own_that_share_the_prompt(
+    start: Start, connect: Connect
+) -> None:
+    gateway = connect(start(step_ms=1))
+    gateway.hello()
+    gateway.submit(4, [9] * 40, siblings=[7, 8], seed=2**64 - 1, max_tokens=12)
+    gateway.until_finished(4, 7, 8)
+    for stream, seed in ((4, 2**64 - 1), (7, 0), (8, 1)):
+        assert gateway.streams[stream].token_ids == scripted(seed, 12)
+    assert gateway.accepted == {4, 7, 8}
+    assert [cached_tokens(gateway, stream) for stream in (4, 7, 8)] == [0, 39, 39]
+
+
+def test_siblings_are_refused_together(start: Start, connect: Connect) -> None:
+    gateway = connect(start(step_ms=1, max_num_seqs=1, max_num_batched_tokens=1))
+    gateway.hello()
+    gateway.submit(1, [2], siblings=[2, 1])
+    gateway.until(lambda: all(gateway.streams[each].refused for each in (1, 2)))
+    refused = gateway.streams[2].refused
+    assert refused is not None
+    assert refused.reason is ErrorReason.DUPLICATE_REQUEST_ID
+    gateway.submit(1, [2])
+    gateway.until_finished(1)
+
+
+def test_prefixes_are_shared_within_a_principal_and_a_salt(start: Start, connect: Connect) -> None:
+    gateway = connect(start(step_ms=1))
+    gateway.hello()
+    scopes = [("", ""), ("", ""), ("ann", ""), ("bob", ""), ("", "salt"), ("ann", "")]
+    cached = []
+    for stream, (principal, salt) in enumerate(scopes, 1):
+        gateway.submit(stream, [3] * 50, principal=principal, cache_salt=salt)
+        gateway.until_finished(stream)
+        cached.append(cached_tokens(gateway, stream))
+    assert cached == [0, 48, 0, 0, 0, 48]
+    gateway.until(lambda: gateway.beat is not None and gateway.beat.counters.num_hit_tokens == 96)
+    assert gateway.beat is not None
+    assert gateway.beat.num_cached_blocks > 0
+    assert gateway.beat.counters.num_queried_tokens == 300
+
+
+def test_lower_classes_run_first(start: Start, connect: Connect) -> None:
+    gateway = connect(start(step_ms=5, max_num_seqs=1, max_num_batched_tokens=64))
+    gateway.hello()
+    gateway.submit(1, [5], max_tokens=20)
+    gateway.until(lambda: bool(gateway.streams[1].token_ids))
+    gateway.submit(2, [5], max_tokens=4, priority=1)
+    gateway.submit(3, [5], max_tokens=4)
+    gateway.submit(4, [5], max_tokens=4, priority=-1)
+    gateway.until_finished(1, 2, 3, 4)
+    first_steps = {stream: gateway.streams[stream].steps[0] for stream in (2, 3, 4)}
+    assert first_steps[4] < first_steps[3] < first_steps[2]
+    # The better class did not wait for the place of the one that ran.
+    assert first_steps[4] < gateway.streams[1].steps[-1]
+
+
+def test_an_unreachable_deadline_is_refused_with_the_estimate(
+    start: Start, connect: Connect
+) -> None:
+    gateway = connect(start(step_ms=100, max_num_batched_tokens=64, max_num_seqs=4))
+    gateway.hello()
+    gateway.submit(1, [5] * 640, budget_ms=400)
+    gateway.until(lambda: gateway.streams[1].refused is not None)
+    refused = gateway.streams[1].refused
+    assert refused is not None
+    assert refused.reason is ErrorReason.DEADLINE_UNREACHABLE
+    assert refused.retry_after_s is not None
+    assert 0.9 <= refused.retry_after_s <= 1.5
+    gateway.until(lambda: gateway.beat is not None and bool(gateway.beat.counters.refusals))

@@ -61,6 +61,6 @@ def test_a_model_beyond_the_memory_is_one_sentence(
     engine = build_engine(EngineConfig(model=str(folder), kv_cache_tokens=64))
     needed = engine.model.num_bytes
     assert needed > 4 * 50 * 32
-    monkeypatch.setattr(build, "_memory_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(build, "available_bytes", lambda device: needed - 1)
     with pytest.raises(ConfigError, match=f"take {needed} bytes as float32, and {needed - 1} are"):
         build_engine(EngineConfig(model=str(folder), kv_cache_tokens=64))

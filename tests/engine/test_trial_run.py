@@ -23,7 +23,15 @@ def test_the_largest_step_is_one_step(
 
 
 @pytest.mark.parametrize("kv_cache_tokens", [16, 32, 4096])
-def test_an_engine_knows_how_long_a_token_takes(kv_cache_tokens: int) -> None:
-    engine = build_engine(EngineConfig(kv_cache_tokens=kv_cache_tokens))
-    assert 0 < engine.seconds_per_token < 1
+@pytest.mark.parametrize("swap_space_gib", [0.0, 1e-4, 0.1])
+def test_an_engine_knows_how_long_its_steps_take(
+    kv_cache_tokens: int, swap_space_gib: float
+) -> None:
+    engine = build_engine(
+        EngineConfig(kv_cache_tokens=kv_cache_tokens, swap_space_gib=swap_space_gib)
+    )
+    times = engine.times
+    assert 0 < times.token_s == engine.seconds_per_token < 1
+    assert 0 < times.step_s < 1
+    assert (times.swapped_block_s > 0) == (swap_space_gib > 0)
     assert engine.pool.num_used == 0

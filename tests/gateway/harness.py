@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 from gateway.stand_ins import StandInEngine
 from mini_infer import AsyncClient
 from mini_infer.client import RequestFailed
 from mini_infer.config import bundled_model
 from mini_infer.messages import Submit
+from mini_infer.v1 import generate_pb2
+from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceStub
 from mini_infer_engine.scripted import ordinary_token_ids, scripted_token
 from mini_infer_gateway.server import Gateway
 from tokenizer.chat_escapes import ESCAPES
@@ -120,6 +123,22 @@ async def begin(
     while not stream.token_ids:
         await asyncio.sleep(0.005)
     return stream, reading, submit.stream
+
+
+async def until_idle(served: RunningGateway) -> None:
+    while served.gateway.admission.num_active or served.tokenizer_link.num_streams:
+        await asyncio.sleep(0.005)
+    assert served.engine_link.num_streams == 0
+
+
+async def generate(
+    served: RunningGateway, **fields: Any
+) -> tuple[list[generate_pb2.GenerateResponse], dict[str, str]]:
+    """All messages of a call, and its trailing metadata."""
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        call = InferenceServiceStub(channel).Generate(generate_pb2.GenerateRequest(**fields))
+        messages = [message async for message in call]
+        return messages, {key: value for key, value in await call.trailing_metadata()}
 
 
 def expected_ids(seed: int, num_tokens: int) -> list[int]:

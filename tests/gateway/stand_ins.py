@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -51,6 +52,18 @@ TOKENIZER_WELCOME = TokenizerWelcome(PROTOCOL_VERSION, "stand-in", DEMO_HASH, 40
 
 _M = TypeVar("_M", bound=Message)
 _Any = TypeVar("_Any")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stream's part of a step."""
+
+    stream: int
+    start: int
+    token_ids: Sequence[int]
+    finish: FinishCode = FinishCode.RUNNING
+    stop_token_id: int = NO_STOP_TOKEN
+    accounting: FinishAccounting = ACCOUNTING
 
 
 class StandIn(Generic[_Any]):
@@ -136,18 +149,23 @@ class StandInEngine(StandIn[Any]):
         seq: int | None = None,
     ) -> None:
         """Sends a step with one row."""
+        row = Row(stream, start, token_ids, finish, stop_token_id=stop_token_id)
+        await self.step_of_rows(row, epoch=epoch, seq=seq)
+
+    async def step_of_rows(self, *rows: Row, epoch: int = 1, seq: int | None = None) -> None:
+        """Sends a step."""
         await self.send(
             StepOutput(
                 epoch=epoch,
                 seq=self.seq if seq is None else seq,
                 step=self.seq,
-                streams=[stream],
-                starts=[start],
-                counts=[len(token_ids)],
-                token_ids=list(token_ids),
-                finish_codes=[finish],
-                stop_token_ids=[stop_token_id],
-                finished=[ACCOUNTING] if finish else [],
+                streams=[row.stream for row in rows],
+                starts=[row.start for row in rows],
+                counts=[len(row.token_ids) for row in rows],
+                token_ids=[token_id for row in rows for token_id in row.token_ids],
+                finish_codes=[row.finish for row in rows],
+                stop_token_ids=[row.stop_token_id for row in rows],
+                finished=[row.accounting for row in rows if row.finish],
             )
         )
         if seq is None:

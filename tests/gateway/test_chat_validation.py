@@ -5,30 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from gateway.request_samples import (
+    HELLO,
+    INVALID,
+    MAX_PROMPT_BYTES,
+    TOO_LARGE,
+    chat,
+    message,
+    violations_of,
+)
 from gateway.stand_ins import ENGINE_WELCOME
 from google.protobuf import struct_pb2 as pb_struct
 from mini_infer.errors import ErrorReason, InvalidRequestError
 from mini_infer.v1 import generate_pb2 as pb2
 from mini_infer_gateway.status import MAX_VIOLATIONS
 from mini_infer_gateway.validation import check_generate
-
-MAX_PROMPT_BYTES = 1000
-INVALID = ErrorReason.INVALID_FIELD
-TOO_LARGE = ErrorReason.PROMPT_TOO_LARGE
-
-
-def violations_of(**fields: Any) -> list[tuple[str, ErrorReason]]:
-    with pytest.raises(InvalidRequestError) as caught:
-        check_generate(pb2.GenerateRequest(**fields), ENGINE_WELCOME, MAX_PROMPT_BYTES)
-    return [(each.field, each.reason) for each in caught.value.violations]
-
-
-def chat(*messages: Any, **fields: Any) -> pb2.Chat:
-    return pb2.Chat(messages=messages, **fields)
-
-
-def message(role: str, *parts: Any) -> pb2.ChatMessage:
-    return pb2.ChatMessage(role=role, content=parts)
 
 
 def called(*calls: pb2.ToolCall) -> pb2.ChatMessage:
@@ -45,7 +36,6 @@ def as_struct(**fields: Any) -> pb_struct.Struct:
     return struct
 
 
-HELLO = pb2.ContentPart(text="hello")
 VALUELESS = pb_struct.Struct(fields={"a": pb_struct.Value()})
 LONG = '{"a": "' + "x" * 1000 + '"}'
 

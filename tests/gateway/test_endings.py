@@ -8,21 +8,16 @@ from pathlib import Path
 import grpc
 import msgspec
 import pytest
-from gateway.harness import RunningGateway, StartGateway, begin, failure
+from gateway.harness import RunningGateway, StartGateway, begin, failure, until_idle
 from gateway.stand_ins import ACCOUNTING, ENGINE_WELCOME, StandInEngine
 from mini_infer import AsyncClient
 from mini_infer.client import RequestFailed
+from mini_infer.client_wire import request_failed
 from mini_infer.errors import ErrorReason
 from mini_infer.messages import Abort, FinishCode, HelloNeeded, Refused, Submit
 from mini_infer.v1 import generate_pb2
 from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceStub
 from mini_infer_gateway import stream as stream_module
-
-
-async def until_idle(served: RunningGateway) -> None:
-    while served.gateway.admission.num_active or served.tokenizer_link.num_streams:
-        await asyncio.sleep(0.005)
-    assert served.engine_link.num_streams == 0
 
 
 @pytest.mark.parametrize("ids_only", [True, False], ids=["ids", "text"])
@@ -67,14 +62,46 @@ async def test_deadline_aborts_in_the_engine(served: RunningGateway, engine: Sta
     await until_idle(served)
 
 
+@pytest.mark.parametrize("ids_only", [True, False], ids=["ids", "text"])
 async def test_deadline_that_the_engine_sees_first(
-    served: RunningGateway, engine: StandInEngine
+    served: RunningGateway, engine: StandInEngine, ids_only: bool
 ) -> None:
-    _, reading, number = await begin(served, engine)
-    await engine.step(number, 1, [], FinishCode.DEADLINE)
+    stream, reading, number = await begin(served, engine, ids_only=ids_only)
+    await engine.step(number, 1, [6, 7], FinishCode.DEADLINE)
     await asyncio.wait([reading])
     assert failure(reading).code is grpc.StatusCode.DEADLINE_EXCEEDED
     assert failure(reading).reason is ErrorReason.DEADLINE
+    assert stream.token_ids == [5, 6, 7]
+    await until_idle(served)
+
+
+async def test_text_that_is_held_back_is_delivered_at_the_deadline(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    """The text may yet become a stop string, and no message is due: both end with the row."""
+    token_ids = await served.client.tokenize(" fox", add_special_tokens=False)
+    stream = served.client.generate([5], stop=" fox and", stream_interval=100)
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    await engine.step(submit.stream, 0, token_ids)
+    await engine.step(submit.stream, len(token_ids), [], FinishCode.DEADLINE)
+    await asyncio.wait([reading])
+    assert failure(reading).reason is ErrorReason.DEADLINE
+    assert stream.choices[0].text == " fox"
+    assert stream.token_ids == token_ids
+    assert stream.finish_reason is None
+
+
+async def test_stop_string_wins_over_the_deadline(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    token_ids = await served.client.tokenize(" fox", add_special_tokens=False)
+    stream = served.client.generate([5], stop="fox")
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    await engine.step(submit.stream, 0, token_ids, FinishCode.DEADLINE)
+    await reading
+    assert (stream.finish_reason, stream.matched_stop) == ("stop", "fox")
 
 
 @pytest.mark.parametrize("ids_only", [True, False], ids=["ids", "text"])
@@ -166,6 +193,25 @@ async def test_refusal_of_the_engine_is_the_status(
     assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert (error.reason, error.message) == (ErrorReason.KV_EXHAUSTED, "too long")
     assert error.metadata == {"limit": "9"}
+    assert error.retry_after_s is None
+
+
+async def test_time_that_the_engine_tells_reaches_the_client(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        request = generate_pb2.GenerateRequest(token_ids=generate_pb2.TokenIds(ids=[5]))
+        call = InferenceServiceStub(channel).Generate(request, timeout=60)
+        submit = await engine.next(Submit)
+        reason = ErrorReason.DEADLINE_UNREACHABLE
+        await engine.send(Refused(submit.stream, reason, "too late", retry_after_s=2.5))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert dict(await call.trailing_metadata())["grpc-retry-pushback-ms"] == "2500"
+    error = request_failed(caught.value)
+    assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (error.reason, error.message) == (reason, "too late")
+    assert error.retry_after_s == 2.5
 
 
 async def test_queue_full_pushes_back(

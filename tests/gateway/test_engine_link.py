@@ -17,6 +17,7 @@ from mini_infer.messages import (
     ENGINE_LEASE_S,
     Abort,
     EngineBeat,
+    EngineCounters,
     FinishCode,
     HelloNeeded,
     HelloRefused,
@@ -235,7 +236,9 @@ async def test_beats_name_the_live_streams(served: RunningGateway, engine: Stand
 
 
 async def test_server_info_tells_the_load(served: RunningGateway, engine: StandInEngine) -> None:
-    await engine.send(BEAT)
+    counters = EngineCounters(*range(11, 23), refusals={"KV_EXHAUSTED": 23})
+    beat = msgspec.structs.replace(BEAT, num_swapped=6, num_cached_blocks=7, counters=counters)
+    await engine.send(beat)
     _, reading, number = await begin(served, engine)
     info = await served.client.server_info()
     assert info.num_active_requests == 1
@@ -244,6 +247,14 @@ async def test_server_info_tells_the_load(served: RunningGateway, engine: StandI
     assert (state.engine_id, state.ready, state.epoch) == ("stand-in", True, 1)
     assert (state.num_steps, state.num_running, state.num_waiting) == (9, 2, 3)
     assert (state.num_blocks, state.num_used_blocks, state.num_preemptions) == (64, 4, 5)
+    assert (state.num_swapped, state.num_cached_blocks, state.num_free_blocks) == (6, 7, 53)
+    assert (state.num_prefill_tokens, state.num_decode_tokens) == (11, 12)
+    assert (state.num_queried_tokens, state.num_hit_tokens) == (13, 14)
+    assert (state.num_recomputes, state.num_swaps) == (15, 16)
+    assert (state.num_swapped_out_blocks, state.num_swapped_in_blocks) == (17, 18)
+    assert (state.num_copied_blocks, state.num_evicted_blocks) == (19, 20)
+    assert (state.num_expired_waiting, state.num_expired_running) == (21, 22)
+    assert dict(state.refusals) == {"KV_EXHAUSTED": 23}
     await finish(engine, number, 1)
     await reading
 

@@ -178,9 +178,28 @@ async def test_request_id_is_unique_while_running_and_can_be_aborted(
     await submitted(served, engine, [5], request_id="mine")
 
 
-@exercises("GenerateRequest.sampling", "GenerateRequest.stopping")
+@exercises("SamplingOptions.seed", "SamplingOptions.n")
+@exercises("GenerateRequest.priority", "GenerateRequest.cache_salt")
+async def test_scheduling_reaches_the_engine_once_for_all_choices(
+    served: RunningGateway, engine: StandInEngine
+) -> None:
+    plain = await submitted(served, engine, [5])
+    assert (plain.priority, plain.principal, plain.cache_salt, plain.siblings) == (0, "", "", [])
+    options = {"priority": -7, "cache_salt": "é", "n": 3, "seed": 2**64 - 1}
+    reading = asyncio.create_task(served.client.generate("Once", **options).text())
+    submit = await engine.next(Submit)
+    assert submit.prompt_ids == await served.client.tokenize("Once")
+    assert (submit.priority, submit.principal, submit.cache_salt) == (-7, "", "é")
+    assert submit.sampling.seed == 2**64 - 1
+    assert len({submit.stream, *submit.siblings}) == 3
+    for number in (submit.stream, *submit.siblings):
+        await engine.step(number, 0, [5], FinishCode.LENGTH)
+    await reading
+    assert not [each for each in engine.received if isinstance(each, Submit)]
+
+
 @exercises("SamplingOptions.temperature", "SamplingOptions.top_k", "SamplingOptions.top_p")
-@exercises("SamplingOptions.seed")
+@exercises("GenerateRequest.sampling", "GenerateRequest.stopping")
 @exercises("StoppingOptions.max_tokens", "StoppingOptions.min_tokens")
 @exercises("StoppingOptions.ignore_eos", "StoppingOptions.stop_token_ids")
 async def test_sampling_reaches_the_engine(served: RunningGateway, engine: StandInEngine) -> None:
@@ -208,11 +227,11 @@ async def test_sampling_reaches_the_engine(served: RunningGateway, engine: Stand
 async def test_stop_string_ends_the_output(served: RunningGateway, engine: StandInEngine) -> None:
     output = "the fox and the river and the moon"
     stream = await answered(served, engine, output, stop=["river", "moon"])
-    assert stream._text_so_far() == "the fox and the "
+    assert stream.choices[0].text == "the fox and the "
     assert (stream.finish_reason, stream.matched_stop) == ("stop", "river")
     assert stream.usage.num_output_tokens == len(stream.token_ids)
     stream = await answered(served, engine, output, stop="river", include_stop_str_in_output=True)
-    assert stream._text_so_far() == "the fox and the river"
+    assert stream.choices[0].text == "the fox and the river"
 
 
 async def test_stop_string_counts_after_min_tokens_only(
@@ -223,16 +242,16 @@ async def test_stop_string_counts_after_min_tokens_only(
     stream = await answered(
         served, engine, output, stop="fox", min_tokens=num_tokens - 4, max_tokens=num_tokens
     )
-    assert stream._text_so_far() == "the fox and the "
+    assert stream.choices[0].text == "the fox and the "
 
 
 @exercises("GenerateRequest.output", "OutputOptions.ids_only")
 async def test_ids_only(served: RunningGateway, engine: StandInEngine) -> None:
     stream = await answered(served, engine, "the fox", ids_only=True)
-    assert stream._text_so_far() == ""
+    assert stream.choices[0].text == ""
     assert stream.token_ids == await served.client.tokenize("the fox", add_special_tokens=False)
     stream = await answered(served, engine, "the fox ran far", ids_only=True, stop=" ran")
-    assert stream._text_so_far() == ""
+    assert stream.choices[0].text == ""
     assert stream.matched_stop == " ran"
 
 

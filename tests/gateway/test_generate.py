@@ -5,28 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 from gateway.harness import (
     RunningGateway,
     StartGateway,
     expected_ids,
+    generate,
     scripted_engine_process,
 )
 from mini_infer.v1 import generate_pb2
-from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceStub
-
-
-async def generate(
-    served: RunningGateway, **fields: Any
-) -> tuple[list[generate_pb2.GenerateResponse], dict[str, str]]:
-    """All messages of a call, and its trailing metadata."""
-    async with grpc.aio.insecure_channel(served.address) as channel:
-        call = InferenceServiceStub(channel).Generate(generate_pb2.GenerateRequest(**fields))
-        messages = [message async for message in call]
-        return messages, {key: value for key, value in await call.trailing_metadata()}
 
 
 async def test_stream_has_the_promised_shape(scripted: RunningGateway) -> None:

@@ -35,12 +35,31 @@ def test_every_reason_has_a_code_and_error_info(reason: ErrorReason) -> None:
 def test_what_can_be_retried_says_when(reason: ErrorReason) -> None:
     retryable = {
         ErrorReason.QUEUE_FULL,
+        ErrorReason.DEADLINE_UNREACHABLE,
         ErrorReason.ENGINE_STARTING,
         ErrorReason.ENGINE_LOST,
         ErrorReason.TOKENIZER_LOST,
         ErrorReason.DRAINING,
     }
     assert ("RetryInfo" in details(MiniInferError(reason, ""))) == (reason in retryable)
+
+
+@pytest.mark.parametrize(
+    ("reason", "usual_s"),
+    [(ErrorReason.QUEUE_FULL, 1.0), (ErrorReason.KV_EXHAUSTED, None)],
+    ids=["usual", "none usual"],
+)
+def test_time_that_an_error_tells_counts(reason: ErrorReason, usual_s: float | None) -> None:
+    def told_s(error: MiniInferError) -> float | None:
+        retry = details(error).get("RetryInfo")
+        if retry is None:
+            return None
+        assert isinstance(retry, error_details_pb2.RetryInfo)
+        return retry.retry_delay.ToTimedelta().total_seconds()
+
+    assert told_s(MiniInferError(reason, "")) == usual_s
+    assert told_s(MiniInferError(reason, "", retry_after_s=0.0)) == 0
+    assert told_s(MiniInferError(reason, "", retry_after_s=2.25)) == 2.25
 
 
 def test_violations_are_told() -> None:

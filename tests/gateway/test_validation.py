@@ -6,6 +6,15 @@ from typing import Any
 import grpc
 import pytest
 from gateway.harness import RunningGateway
+from gateway.request_samples import (
+    HELLO,
+    INVALID,
+    MAX_PROMPT_BYTES,
+    TOO_LARGE,
+    chat,
+    message,
+    violations_of,
+)
 from gateway.stand_ins import ENGINE_WELCOME
 from google.protobuf.descriptor import Descriptor
 from mini_infer.client import RequestFailed
@@ -21,28 +30,8 @@ from mini_infer_gateway.validation import (
     check_tokenize,
 )
 
-MAX_PROMPT_BYTES = 1000
-INVALID = ErrorReason.INVALID_FIELD
 NOT_SUPPORTED = ErrorReason.FIELD_NOT_SUPPORTED
 MODALITY = ErrorReason.UNSUPPORTED_MODALITY
-TOO_LARGE = ErrorReason.PROMPT_TOO_LARGE
-
-
-def violations_of(**fields: Any) -> list[tuple[str, ErrorReason]]:
-    with pytest.raises(InvalidRequestError) as caught:
-        check_generate(pb2.GenerateRequest(**fields), ENGINE_WELCOME, MAX_PROMPT_BYTES)
-    return [(each.field, each.reason) for each in caught.value.violations]
-
-
-def chat(*messages: Any, **fields: Any) -> pb2.Chat:
-    return pb2.Chat(messages=messages, **fields)
-
-
-def message(role: str, *parts: Any) -> pb2.ChatMessage:
-    return pb2.ChatMessage(role=role, content=parts)
-
-
-HELLO = pb2.ContentPart(text="hello")
 SAMPLING = pb2.SamplingOptions
 STOPPING = pb2.StoppingOptions
 OUTPUT = pb2.OutputOptions
@@ -113,14 +102,17 @@ OUTPUT = pb2.OutputOptions
             id="interval too large",
         ),
         pytest.param({"adapter": "x"}, ("adapter", NOT_SUPPORTED), id="adapter"),
-        pytest.param({"priority": 0}, ("priority", NOT_SUPPORTED), id="priority"),
-        pytest.param({"cache_salt": "x"}, ("cache_salt", NOT_SUPPORTED), id="cache_salt"),
+        pytest.param({"priority": -101}, ("priority", INVALID), id="priority below -100"),
+        pytest.param({"priority": 101}, ("priority", INVALID), id="priority above 100"),
+        pytest.param({"cache_salt": ""}, ("cache_salt", INVALID), id="empty salt"),
+        pytest.param({"cache_salt": "é" * 64 + "x"}, ("cache_salt", INVALID), id="long salt"),
         pytest.param(
             {"structured_output": pb2.StructuredOutput(regex="a")},
             ("structured_output", NOT_SUPPORTED),
             id="structured_output",
         ),
-        pytest.param({"sampling": SAMPLING(n=1)}, ("sampling.n", NOT_SUPPORTED), id="n"),
+        pytest.param({"sampling": SAMPLING(n=0)}, ("sampling.n", INVALID), id="no choice"),
+        pytest.param({"sampling": SAMPLING(n=17)}, ("sampling.n", INVALID), id="17 choices"),
         pytest.param(
             {"output": OUTPUT(logprobs=1)}, ("output.logprobs", NOT_SUPPORTED), id="logprobs"
         ),
@@ -163,22 +155,44 @@ def test_unsupported_fields_each_have_a_case() -> None:
 def test_all_violations_come_at_once() -> None:
     found = violations_of(
         text="",
-        priority=1,
+        adapter="x",
+        priority=1000,
+        cache_salt="",
         request_id="?",
-        sampling=SAMPLING(temperature=-1, top_p=2),
+        sampling=SAMPLING(temperature=-1, top_p=2, n=0),
         stopping=STOPPING(max_tokens=0, stop=[""]),
         output=OUTPUT(stream_interval=0),
     )
     assert {field for field, _ in found} == {
         "text",
+        "adapter",
         "priority",
+        "cache_salt",
         "request_id",
         "sampling.temperature",
         "sampling.top_p",
+        "sampling.n",
         "stopping.max_tokens",
         "stopping.stop[0]",
         "output.stream_interval",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (0, "", 1)),
+        ({"priority": -100, "cache_salt": "x", "sampling": SAMPLING(n=1)}, (-100, "x", 1)),
+        (
+            {"priority": 100, "cache_salt": "é" * 64, "sampling": SAMPLING(n=16)},
+            (100, "é" * 64, 16),
+        ),
+    ],
+    ids=["absent", "least", "greatest"],
+)
+def test_bounds_are_allowed(given: dict[str, Any], expected: tuple[int, str, int]) -> None:
+    request = check_generate(pb2.GenerateRequest(text="x", **given), ENGINE_WELCOME, 1)
+    assert (request.priority, request.cache_salt, request.params.n) == expected
 
 
 def test_many_bad_ids_are_told_in_few_violations() -> None:

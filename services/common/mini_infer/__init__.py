@@ -18,7 +18,8 @@ from mini_infer.errors import ConfigError, InvalidRequestError, MiniInferError
 from mini_infer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from mini_infer_engine.llm_engine import GenerationOutput, LLMEngine
+    from mini_infer_engine.generation import GenerationOutput
+    from mini_infer_engine.llm_engine import LLMEngine
 
     from mini_infer.client import AsyncClient, Client
 
@@ -39,7 +40,7 @@ __all__ = [
 
 _LAZY = {
     "LLMEngine": "mini_infer_engine.llm_engine",
-    "GenerationOutput": "mini_infer_engine.llm_engine",
+    "GenerationOutput": "mini_infer_engine.generation",
     "Client": "mini_infer.client",
     "AsyncClient": "mini_infer.client",
 }

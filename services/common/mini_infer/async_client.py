@@ -21,9 +21,7 @@ from mini_infer.client_wire import (
     DEFAULT_ADDRESS,
     READINESS,
     READINESS_POLL_S,
-    Chunk,
     GenerateOptions,
-    GenerationProgress,
     Prompt,
     cancelled,
     channel_options,
@@ -33,6 +31,8 @@ from mini_infer.client_wire import (
     request_failed,
     tokenize_request,
 )
+from mini_infer.generation_progress import Chunk, GenerationProgress
+from mini_infer.v1 import generate_pb2
 from mini_infer.v1 import inference_service_pb2 as pb2
 from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceStub
 
@@ -46,14 +46,14 @@ class AsyncGenerationStream(GenerationProgress):
     Leaving it as an async context manager cancels what has not ended.
     """
 
-    def __init__(self, call: Any) -> None:
-        """Takes a call that has begun."""
-        super().__init__()
+    def __init__(self, call: Any, request: generate_pb2.GenerateRequest) -> None:
+        """Takes a call that has begun, and what it asked for."""
+        super().__init__(request)
         self._call = call
         self._is_cancelled = False
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Gives the chunks that have not been read.
+        """Gives the chunks that have not been read, those of all choices mixed.
 
         Raises:
             RequestFailed: Where the request fails or is cancelled.
@@ -73,14 +73,14 @@ class AsyncGenerationStream(GenerationProgress):
             raise cancelled() from None
 
     async def text(self) -> str:
-        """Reads to the end, and gives all text from the beginning.
+        """Reads to the end, and gives all text of choice 0 from the beginning.
 
         Raises:
             RequestFailed: Where the request fails or is cancelled.
         """
         async for _ in self:
             pass
-        return self._text_so_far()
+        return self.choices[0].text
 
     def cancel(self) -> None:
         """Ends the request; nothing happens where it has ended."""
@@ -122,7 +122,7 @@ class AsyncClient:
     ) -> AsyncGenerationStream:
         """Continues a prompt."""
         request = generate_request(prompt, options)
-        return AsyncGenerationStream(self._stub.Generate(request, timeout=timeout))
+        return AsyncGenerationStream(self._stub.Generate(request, timeout=timeout), request)
 
     async def tokenize(
         self,

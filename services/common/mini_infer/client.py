@@ -23,12 +23,9 @@ from mini_infer.client_wire import (
     DEFAULT_ADDRESS,
     READINESS,
     READINESS_POLL_S,
-    Chunk,
     GenerateOptions,
-    GenerationProgress,
     Prompt,
     RequestFailed,
-    Usage,
     channel_options,
     detokenize_request,
     generate_request,
@@ -36,6 +33,8 @@ from mini_infer.client_wire import (
     request_failed,
     tokenize_request,
 )
+from mini_infer.generation_progress import Choice, Chunk, GenerationProgress, Usage
+from mini_infer.v1 import generate_pb2
 from mini_infer.v1 import inference_service_pb2 as pb2
 from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceStub
 
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncClient",
     "AsyncGenerationStream",
+    "Choice",
     "Chunk",
     "Client",
     "GenerationStream",
@@ -59,13 +59,13 @@ class GenerationStream(GenerationProgress):
     Leaving it as a context manager cancels what has not ended.
     """
 
-    def __init__(self, call: Any) -> None:
-        """Takes a call that has begun."""
-        super().__init__()
+    def __init__(self, call: Any, request: generate_pb2.GenerateRequest) -> None:
+        """Takes a call that has begun, and what it asked for."""
+        super().__init__(request)
         self._call = call
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Gives the chunks that have not been read.
+        """Gives the chunks that have not been read, those of all choices mixed.
 
         Raises:
             RequestFailed: Where the request fails or is cancelled.
@@ -80,14 +80,14 @@ class GenerationStream(GenerationProgress):
             raise request_failed(error) from None
 
     def text(self) -> str:
-        """Reads to the end, and gives all text from the beginning.
+        """Reads to the end, and gives all text of choice 0 from the beginning.
 
         Raises:
             RequestFailed: Where the request fails or is cancelled.
         """
         for _ in self:
             pass
-        return self._text_so_far()
+        return self.choices[0].text
 
     def cancel(self) -> None:
         """Ends the request; nothing happens where it has ended."""
@@ -133,9 +133,9 @@ class Client:
         Returns:
             The stream; errors of the server are raised when it is read.
         """
-        return GenerationStream(
-            self._stub.Generate(generate_request(prompt, options), timeout=timeout)
-        )
+        request = generate_request(prompt, options)
+        call = self._stub.Generate(request, timeout=timeout)
+        return GenerationStream(call, request)
 
     def tokenize(
         self,

@@ -1,5 +1,6 @@
-"""Between protobuf and what users of the clients see: requests, responses, errors.
+"""Between protobuf and what users of the clients see: requests and errors.
 
+`generation_progress.py` has the responses.
 Both clients are thin over this module; nothing here sends or receives.
 """
 
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import grpc
@@ -23,7 +23,6 @@ from mini_infer.errors import (
     InvalidRequestError,
     MiniInferError,
 )
-from mini_infer.messages import FinishAccounting
 from mini_infer.request_writer import RequestWriter
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
@@ -35,18 +34,13 @@ _LOOPBACK = re.compile(r"((ipv4|ipv6|dns):/*)?(localhost|127\.[\d.]+|\[::1\])(:\
 READINESS = health_pb2.HealthCheckRequest(service="readiness")
 READINESS_POLL_S = 0.05
 
-_REQUEST_FIELDS = frozenset({"model", "request_id", "add_special_tokens"})
+_REQUEST_FIELDS = frozenset({"model", "request_id", "priority", "cache_salt", "add_special_tokens"})
 _CHAT_OPTIONS = frozenset(ChatOptions.__annotations__)
-_SAMPLING_FIELDS = frozenset({"temperature", "top_k", "top_p", "seed"})
+_SAMPLING_FIELDS = frozenset({"temperature", "top_k", "top_p", "seed", "n"})
 _STOPPING_FIELDS = frozenset({"max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"})
 _OUTPUT_FIELDS = frozenset(
     {"ids_only", "stream_interval", "skip_special_tokens", "include_stop_str_in_output"}
 )
-_FINISH_REASONS = {
-    generate_pb2.FINISH_REASON_STOP: "stop",
-    generate_pb2.FINISH_REASON_LENGTH: "length",
-    generate_pb2.FINISH_REASON_ABORTED: "aborted",
-}
 _REASONS_OF_CODES = {grpc.StatusCode.DEADLINE_EXCEEDED: ErrorReason.DEADLINE}
 
 
@@ -59,11 +53,14 @@ class GenerateOptions(ChatOptions, total=False):
 
     model: str
     request_id: str
+    priority: int
+    cache_salt: str
     add_special_tokens: bool
     temperature: float
     top_k: int
     top_p: float
     seed: int
+    n: int
     max_tokens: int
     min_tokens: int
     stop: str | Sequence[str]
@@ -73,27 +70,6 @@ class GenerateOptions(ChatOptions, total=False):
     stream_interval: int
     skip_special_tokens: bool
     include_stop_str_in_output: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of output.
-
-    Attributes:
-        text: The text of `token_ids`.
-        token_ids: Output ids since the chunk before.
-    """
-
-    text: str
-    token_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Token counts of a request."""
-
-    num_prompt_tokens: int
-    num_output_tokens: int
 
 
 class RequestFailed(MiniInferError):
@@ -118,79 +94,13 @@ class RequestFailed(MiniInferError):
         retry_after_s: float | None = None,
     ) -> None:
         """Makes an error of what a status says."""
-        super().__init__(reason, message, metadata)
+        super().__init__(reason, message, metadata, retry_after_s)
         self.code = code
         self.violations = tuple(violations)
-        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         """Code, reason and message."""
         return f"{self.code.name} ({self.reason.value}): {self.message}"
-
-
-class GenerationProgress:
-    """What a stream has told so far.
-
-    Attributes:
-        request_id: The server's or the client's; None before the first chunk.
-        num_prompt_tokens: None before the first chunk.
-        token_ids: All output ids so far.
-        finish_reason: "stop", "length" or "aborted"; None before the end.
-        matched_stop: The stop string, or the stop or end-of-sequence id, that ended the output.
-        usage: None before the end.
-        seed: The seed that was used; None before the end.
-        accounting: Where the time went; None before the end, or where the server did not say.
-    """
-
-    def __init__(self) -> None:
-        """Knows nothing yet."""
-        self.request_id: str | None = None
-        self.num_prompt_tokens: int | None = None
-        self.token_ids: list[int] = []
-        self.finish_reason: str | None = None
-        self.matched_stop: str | int | None = None
-        self.usage: Usage | None = None
-        self.seed: int | None = None
-        self.accounting: FinishAccounting | None = None
-        self._texts: list[str] = []
-
-    def _text_so_far(self) -> str:
-        return "".join(self._texts)
-
-    def _read(self, response: generate_pb2.GenerateResponse) -> Chunk | None:
-        """Takes a message in; gives a chunk where it holds output."""
-        if response.HasField("request_id"):
-            self.request_id = response.request_id
-            self.num_prompt_tokens = response.num_prompt_tokens
-        match response.WhichOneof("event"):
-            case "delta":
-                chunk = Chunk(response.delta.text, list(response.delta.token_ids))
-                self._texts.append(chunk.text)
-                self.token_ids += chunk.token_ids
-                return chunk
-            case "choice_finished":
-                choice = response.choice_finished
-                self.finish_reason = _FINISH_REASONS.get(choice.finish_reason, "unknown")
-                matched = choice.WhichOneof("matched_stop")
-                self.matched_stop = getattr(choice, matched) if matched else None
-            case "finished":
-                usage = response.finished.usage
-                self.usage = Usage(usage.num_prompt_tokens, usage.num_output_tokens)
-                self.seed = response.finished.seed
-        return None
-
-    def _read_trailers(self, metadata: Any) -> None:
-        """Takes in the trailing metadata of a call that ended well."""
-        values = {key: value for key, value in metadata or () if key.startswith("mini-infer-")}
-        if "mini-infer-steps" in values:
-            self.accounting = FinishAccounting(
-                queue_ms=float(values["mini-infer-queue-ms"]),
-                prefill_ms=float(values["mini-infer-prefill-ms"]),
-                decode_ms=float(values["mini-infer-decode-ms"]),
-                num_cached_tokens=int(values["mini-infer-cached-tokens"]),
-                num_preemptions=int(values["mini-infer-preemptions"]),
-                num_steps=int(values["mini-infer-steps"]),
-            )
 
 
 def channel_options(address: str) -> tuple[tuple[str, int], ...]:

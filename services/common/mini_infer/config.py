@@ -6,6 +6,7 @@ checkpoint (data type, number of blocks) is computed elsewhere, so no config is 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,22 @@ class EngineConfig:
             for (`max_position_embeddings`).
         kv_cache_tokens: Tokens that the KV cache holds; unset sizes it from free memory.
         gpu_memory_utilization: Share of the GPU's memory that weights and KV cache may take.
+        cpu_kv_cache_gib: GiB that the KV cache may take on a CPU. Only what is written takes
+            memory.
+        swap_space_gib: GiB of the host's memory for blocks of preempted sequences; unset means 4
+            on CUDA and 0 on a CPU, where it is the same memory as the cache's.
+        kv_watermark: Share of the KV cache's blocks that stay free when a new request joins, for
+            the growth of those that run.
+        enable_prefix_caching: Whether the blocks of ended requests are kept until they are needed
+            otherwise, so that prompts that begin alike are computed once.
         max_queued_requests: Requests that wait at most; one more is refused with QUEUE_FULL.
+        max_queued_tokens: Tokens of the prompts that wait at most; a request beyond it is refused
+            with QUEUE_FULL. Unset means no such bound.
+        target_itl_ms: Milliseconds that a step shall take at most while streams decode: fewer
+            prompt tokens are computed beside them then. Unset means that
+            `max_num_batched_tokens` alone bounds a step.
+        priority_ageing_s: A waiting request rises by one priority class for every so many
+            seconds, so that none waits for ever.
         device: "auto" takes CUDA where there is one.
         dtype: Of weights and KV cache; "auto" means the checkpoint's on CUDA, float32 on a CPU.
         num_threads: Threads of matrix products on a CPU, for the whole process. 0 leaves them
@@ -65,7 +81,14 @@ class EngineConfig:
     max_model_len: int | None = None
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
+    cpu_kv_cache_gib: float = 1.0
+    swap_space_gib: float | None = None
+    kv_watermark: float = 0.01
+    enable_prefix_caching: bool = True
     max_queued_requests: int = 4096
+    max_queued_tokens: int | None = None
+    target_itl_ms: float | None = None
+    priority_ageing_s: float = 30.0
     device: str = "auto"
     dtype: str = "auto"
     num_threads: int = 0
@@ -83,7 +106,12 @@ class EngineConfig:
             *_below("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs),
             *_below("max_model_len", self.max_model_len, 2),
             *_below("kv_cache_tokens", self.kv_cache_tokens, self.block_size),
+            *_not_from("cpu_kv_cache_gib", self.cpu_kv_cache_gib, 0),
+            *_not_from("swap_space_gib", self.swap_space_gib, 0),
             *_below("max_queued_requests", self.max_queued_requests, 1),
+            *_below("max_queued_tokens", self.max_queued_tokens, 1),
+            *_not_from("target_itl_ms", self.target_itl_ms, 0.1),
+            *_not_from("priority_ageing_s", self.priority_ageing_s, 0.1),
             *_below("num_threads", self.num_threads, 0),
             *_not_in("device", self.device.split(":")[0], DEVICES),
             *_not_in("dtype", self.dtype, DTYPES),
@@ -91,6 +119,8 @@ class EngineConfig:
         if not 0 < self.gpu_memory_utilization <= 1:
             given = self.gpu_memory_utilization
             problems.append(f"gpu_memory_utilization must be above 0 and at most 1, got {given}")
+        if not 0 <= self.kv_watermark < 1:
+            problems.append(f"kv_watermark must be at least 0 and below 1, got {self.kv_watermark}")
         _raise_if_any(problems)
 
     @property
@@ -212,6 +242,12 @@ def _below(name: str, value: float | None, least: float) -> list[str]:
     if value is None or value >= least:
         return []
     return [f"{name} must be at least {least}, got {value}"]
+
+
+def _not_from(name: str, value: float | None, least: float) -> list[str]:
+    if value is None or least <= value < math.inf:
+        return []
+    return [f"{name} must be a finite number of at least {least}, got {value}"]
 
 
 def _not_in(name: str, value: str, allowed: tuple[str, ...]) -> list[str]:

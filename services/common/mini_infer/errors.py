@@ -27,6 +27,7 @@ class ErrorReason(str, Enum):
     KV_EXHAUSTED = "KV_EXHAUSTED"
     SLOW_CONSUMER = "SLOW_CONSUMER"
     DEADLINE = "DEADLINE"
+    DEADLINE_UNREACHABLE = "DEADLINE_UNREACHABLE"
     ENGINE_STARTING = "ENGINE_STARTING"
     ENGINE_LOST = "ENGINE_LOST"
     TOKENIZER_LOST = "TOKENIZER_LOST"
@@ -43,16 +44,22 @@ class MiniInferError(Exception):
         reason: The cause.
         message: One sentence for a person.
         metadata: Machine-readable details, such as the limit and the value given.
+        retry_after_s: Seconds after which trying again can help, where that is known.
     """
 
     def __init__(
-        self, reason: ErrorReason, message: str, metadata: Mapping[str, str] | None = None
+        self,
+        reason: ErrorReason,
+        message: str,
+        metadata: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         """Makes an error of a cause."""
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.metadata = dict(metadata or {})
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
 MAX_TOP_K = 2**31 - 1
 MAX_SEED = 2**64 - 1
+MAX_CHOICES = 16
 
 
 class ResolvedSampling(
@@ -50,6 +51,10 @@ class ResolvedSampling(
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
 
+    def of_choice(self, index: int) -> ResolvedSampling:
+        """Those of another choice of the same prompt, where these are the ones of choice 0."""
+        return msgspec.structs.replace(self, seed=(self.seed + index) % (MAX_SEED + 1))
+
 
 class GenerationDefaults(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What generation_config.json says for absent fields (see `read_generation_defaults`).
@@ -75,6 +80,7 @@ class SamplingParams:
         temperature: Divides the logits, in [0, 100]; 0 is greedy.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         top_p: Keep the smallest set of likeliest tokens whose probability reaches it, (0, 1].
+        n: Completions of the prompt, 1 to 16. Completion i draws with seed + i.
         seed: Same seed and request, same tokens. Unset draws one.
         max_tokens: Output tokens at most, at least 1. Unset: what the context holds.
         min_tokens: No end of sequence, stop id or stop string before this many tokens.
@@ -88,6 +94,7 @@ class SamplingParams:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    n: int = 1
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
@@ -119,6 +126,8 @@ class SamplingParams:
             found.append(_expected("sampling.top_k", f"0 to {MAX_TOP_K}", self.top_k))
         if top_p is not None and not 0 < top_p <= 1:
             found.append(_expected("sampling.top_p", "above 0 and at most 1", top_p))
+        if not 1 <= self.n <= MAX_CHOICES:
+            found.append(_expected("sampling.n", f"1 to {MAX_CHOICES}", self.n))
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             found.append(_expected("sampling.seed", "0 to 2**64 - 1", self.seed))
         return found

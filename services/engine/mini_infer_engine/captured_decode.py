@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from mini_infer.sampling_params import ResolvedSampling
 
-from mini_infer_engine.batch import ScheduledBatch, ScheduledRow, build_batch
+from mini_infer_engine.batch import ScheduledBatch
+from mini_infer_engine.block_manager import BlockTransfers
 from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
 from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.model_runner import Forward
+from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sequence import Sequence, StreamKey
 
 Recording = Callable[..., torch.Tensor]
@@ -90,12 +92,12 @@ def captured_decode(forward: Forward, cache: KVCache, buffers: InputBuffers) -> 
 def decode_batch(num_rows: int) -> ScheduledBatch:
     """Rows whose first token is decoded, all of them in block 0."""
     sampling = ResolvedSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0, max_tokens=1)
-    rows = []
+    running = RunningBatch(num_rows)
     for stream in range(num_rows):
         sequence = Sequence(StreamKey(b"", stream), [0], sampling, eos_token_ids=())
         sequence.block_table = [0]
-        rows.append(ScheduledRow.of(sequence, 1))
-    return build_batch(0, rows, [])
+        running.add(sequence)
+    return running.build(0, list(running), [], BlockTransfers())
 
 
 def _tensors(inputs: ModelInputs) -> tuple[torch.Tensor, ...]:

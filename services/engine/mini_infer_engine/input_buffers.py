@@ -11,6 +11,7 @@ import torch
 from mini_infer_engine.batch import Ints, ScheduledBatch
 from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.layers.attention import AttentionInputs
+from mini_infer_engine.lone_row import are_neighbours, lone_blocks
 
 _FIRST_ROW: Ints = np.zeros(1, np.int64)
 
@@ -71,18 +72,17 @@ class InputBuffers:
 
         Args:
             batch: Not empty.
-            cache: The paged cache.
+            cache: Holds the row's blocks.
             num_rounds: Tokens, the row's next one included, that the window has slots for.
 
         Returns:
             None where the batch is not such a row or its last block has no such room.
         """
-        if batch.num_decodes != 1 or len(batch.keys) != 1:
+        blocks = lone_blocks(batch)
+        if not blocks or not are_neighbours(blocks):
             return None
         end = int(batch.num_computed_tokens[0]) + num_rounds
-        blocks = batch.block_tables[0].tolist()
-        fits = end <= len(blocks) * self._block_size
-        if not fits or blocks != list(range(blocks[0], blocks[0] + len(blocks))):
+        if end > len(blocks) * self._block_size:
             return None
         position = self._to_device(batch.num_computed_tokens)
         attention = AttentionInputs(

@@ -1,17 +1,23 @@
-"""The K and V tensors of the paged cache, and how many blocks fit.
+"""The K and V tensors of the paged cache.
 
 `block_pool.py` says which block belongs to whom; here is what the blocks hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-CPU_CACHE_BYTES = 2**30
-"""What the KV cache may take on a CPU where `kv_cache_tokens` is not set."""
+from mini_infer_engine.batch import Ints
+
+STAGING_BYTES = 2**26
+"""What blocks on their way take at most, beside the cache."""
+
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,17 +41,21 @@ class KVCacheSpec:
     device: torch.device
 
     @property
+    def layer_block_shape(self) -> tuple[int, int, int]:
+        """A block of one layer: [block_size, 2 * num_kv_heads, head_dim]."""
+        return self.block_size, 2 * self.num_kv_heads, self.head_dim
+
+    @property
     def bytes_per_block(self) -> int:
         """Bytes of a block's keys and values over all layers."""
-        elements = self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
-        return elements * self.dtype.itemsize
+        return self.num_layers * math.prod(self.layer_block_shape) * self.dtype.itemsize
 
 
 class KVCache:
     """Keys and values of all layers.
 
     Slots that no sequence has written are finite, because masked slots are still multiplied by
-    zero.
+    zero. All operations are queued on the current stream; none waits for the device.
 
     Attributes:
         spec: Shape of the cache.
@@ -56,41 +66,67 @@ class KVCache:
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int) -> None:
         """Allocates the cache, cleared."""
-        shape = (num_blocks, spec.block_size, 2 * spec.num_kv_heads, spec.head_dim)
+        shape = (spec.num_layers, num_blocks, *spec.layer_block_shape)
         self.spec = spec
         self.num_blocks = num_blocks
-        self.layers = torch.zeros((spec.num_layers, *shape), dtype=spec.dtype, device=spec.device)
+        if spec.device.type == "cpu":
+            self.layers = lazy_zeros(shape, spec.dtype)
+        else:
+            self.layers = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
         self._slots = self.layers.flatten(1, 2).unsqueeze(1)
+        self._blocks = self.layers.transpose(0, 1)
 
     def window(self, first_block: int, num_tokens: int) -> torch.Tensor:
         """The first tokens of consecutive blocks, as `layers` with one block of that size."""
         return self._slots.narrow(2, first_block * self.spec.block_size, num_tokens)
 
-    def fill(self, blocks: Sequence[int], value: float) -> None:
+    def fill(self, blocks: Sequence[int] | Ints, value: float) -> None:
         """Overwrites blocks, to clear what is not finite or to poison what nobody may read."""
-        index = torch.as_tensor(blocks, dtype=torch.int64, device=self.spec.device)
-        self.layers.index_fill_(1, index, value)
+        self.layers.index_fill_(1, self._index(blocks), value)
+
+    def read(self, blocks: Ints) -> torch.Tensor:
+        """Copies of blocks, [n, num_layers, block_size, 2 * num_kv_heads, head_dim]."""
+        return self._blocks.index_select(0, self._index(blocks))
+
+    def write(self, blocks: Ints, values: torch.Tensor) -> None:
+        """Overwrites distinct blocks with values shaped as `read` gives them."""
+        self._blocks.index_copy_(0, self._index(blocks), values)
+
+    def write_slots(self, slots: Ints, values: torch.Tensor) -> None:
+        """Overwrites distinct slots with tokens shaped as `window` gives them."""
+        self._slots.index_copy_(2, self._index(slots), values)
+
+    def copy_blocks(self, pairs: Ints, source: KVCache | None = None) -> None:
+        """Copies blocks.
+
+        Args:
+            pairs: [n, 2] from and to; the latter are distinct, and none of them is a source.
+            source: Where the first of each pair lie, with the same spec; None is this cache.
+        """
+        for piece in pieces(pairs, self.spec):
+            self.write(piece[:, 1], (source or self).read(piece[:, 0]))
+
+    def _index(self, blocks: Sequence[int] | Ints) -> torch.Tensor:
+        index = torch.from_numpy(np.ascontiguousarray(blocks, np.int64))
+        return index.to(self.spec.device, non_blocking=True)
 
 
-def blocks_that_fit(
-    spec: KVCacheSpec,
-    *,
-    max_useful_tokens: int,
-    free_bytes: int,
-    kv_cache_tokens: int | None,
-) -> int:
-    """Number of blocks to allocate.
+def pieces(pairs: Ints, spec: KVCacheSpec) -> Iterator[Ints]:
+    """Parts of a list of blocks, of at most `STAGING_BYTES` each, but at least a block.
 
     Args:
-        spec: Shape of the cache.
-        max_useful_tokens: What the largest possible batch needs; more is never allocated.
-        free_bytes: Memory that the cache may take.
-        kv_cache_tokens: The user's choice, which beats both.
-
-    Returns:
-        Blocks; 0 where not even one fits.
+        pairs: [n, 2].
+        spec: The blocks' shape.
     """
-    if kv_cache_tokens is not None:
-        return kv_cache_tokens // spec.block_size
-    useful = -(-max_useful_tokens // spec.block_size)
-    return min(useful, free_bytes // spec.bytes_per_block)
+    length = max(1, STAGING_BYTES // spec.bytes_per_block)
+    for start in range(0, len(pairs), length):
+        yield pairs[start : start + length]
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros in the host's memory, on pages of their own that take none before they are written."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    num_pages = -(-num_bytes // _PAGE_BYTES)
+    memory = np.zeros((num_pages + 1) * _PAGE_BYTES, np.uint8)
+    start = -memory.ctypes.data % _PAGE_BYTES
+    return torch.from_numpy(memory[start : start + num_bytes]).view(dtype).view(*shape)

@@ -14,91 +14,23 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from mini_infer.chats import ChatMessage, ChatOptions, read_chat
 from mini_infer.config import EngineConfig
-from mini_infer.errors import (
-    FieldViolation,
-    InvalidRequestError,
-    MiniInferError,
-)
+from mini_infer.errors import FieldViolation, InvalidRequestError
 from mini_infer.hub import with_local_model
-from mini_infer.messages import FinishCode
 from mini_infer.sampling_params import MAX_SEED, SamplingParams
 from mini_infer_tokenizer.chat import ChatTemplates
-from mini_infer_tokenizer.detokenize import NO_STOP, Detokenizer, TextStream
+from mini_infer_tokenizer.detokenize import Detokenizer, TextStream
 from mini_infer_tokenizer.encode import TextTokenizer
 
 from mini_infer_engine.build import Engine, build_engine
+from mini_infer_engine.generation import Generation, GenerationOutput
 from mini_infer_engine.loader import Progress
 from mini_infer_engine.model_config import read_model_config
-from mini_infer_engine.scheduler import SequenceUpdate
-from mini_infer_engine.sequence import Sequence as EngineSequence
 from mini_infer_engine.sequence import StreamKey
-
-FinishReason = Literal["stop", "length", "error"]
-_FINISH_REASONS: Mapping[FinishCode, FinishReason] = {
-    FinishCode.STOP_TOKEN: "stop",
-    FinishCode.LENGTH: "length",
-}
-
-
-@dataclass(slots=True, kw_only=True)
-class GenerationOutput:
-    """What became of one prompt.
-
-    Attributes:
-        prompt_token_ids: The encoded prompt.
-        token_ids: The output's ids, an end-of-sequence id included.
-        text: Their text, cut at a stop string.
-        finish_reason: "stop" (end of sequence, stop id or stop string), "length" or "error".
-        stop_string: The stop string that ended it, if one did.
-        stop_token_id: The id that ended it, if one did.
-        seed: What the random numbers were keyed with.
-        error: Why this prompt alone failed; the text so far is kept.
-    """
-
-    prompt_token_ids: list[int]
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    stop_string: str | None = None
-    stop_token_id: int | None = None
-    seed: int = 0
-    error: MiniInferError | None = None
-
-
-@dataclass(slots=True)
-class _Generation:
-    """A prompt under way: its sequence in the scheduler, its text, and what came so far."""
-
-    sequence: EngineSequence
-    text: TextStream
-    stop: Sequence[str]
-    output: GenerationOutput
-    pending_ids: deque[int] = field(default_factory=deque)
-
-    def receive(self, update: SequenceUpdate) -> None:
-        """Takes in what a step did; `output.finish_reason` is set at the end."""
-        output = self.output
-        self.pending_ids.extend(update.token_ids)
-        last = update.finish_code is not FinishCode.RUNNING or update.error is not None
-        delta = self.text.read(update.token_ids, last)
-        output.text += delta.text
-        output.token_ids += [self.pending_ids.popleft() for _ in range(delta.num_ids)]
-        if delta.stop_index != NO_STOP:
-            output.stop_string = self.stop[delta.stop_index]
-            output.finish_reason = "stop"
-        elif update.error:
-            output.error = update.error
-            output.finish_reason = "error"
-        elif last:
-            output.finish_reason = _FINISH_REASONS[update.finish_code]
-            if update.finish_code is FinishCode.STOP_TOKEN:
-                output.stop_token_id = update.stop_token_id
 
 
 class LLMEngine:
@@ -151,6 +83,8 @@ class LLMEngine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         add_special_tokens: bool = True,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str = "",
         **options: Any,
     ) -> list[GenerationOutput]:
         """Continues prompts, all together.
@@ -159,10 +93,12 @@ class LLMEngine:
             prompts: Texts or lists of token ids.
             params: How to sample and when to stop: for all prompts, or one for each.
             add_special_tokens: Whether texts get the model's special tokens, such as BOS.
+            priority: Scheduling class, lower ones run first: for all prompts, or one for each.
+            cache_salt: Prefixes are shared only between prompts of the same salt.
             **options: Fields of `SamplingParams`, in place of `params`.
 
         Returns:
-            An output per prompt, in their order.
+            An output per prompt and choice (`SamplingParams.n`), in their order.
 
         Raises:
             InvalidRequestError: Where parameters or a prompt are out of range.
@@ -175,7 +111,11 @@ class LLMEngine:
             else _checked_ids(each, index)
             for index, each in enumerate(texts_or_ids)
         ]
-        return self._generate(encoded, _one_each(params, options, len(encoded)))
+        each_params = _one_each(params, options, len(encoded))
+        priorities = [priority] * len(encoded) if isinstance(priority, int) else priority
+        if len(priorities) != len(encoded):
+            raise ValueError(f"expected {len(encoded)} priorities, got {len(priorities)}")
+        return self._generate(encoded, each_params, priorities, cache_salt)
 
     def chat(
         self,
@@ -205,7 +145,7 @@ class LLMEngine:
             **options: Fields of `SamplingParams`, in place of `params`.
 
         Returns:
-            An output per conversation, in their order.
+            An output per conversation and choice, in their order.
 
         Raises:
             ModelFolderError: Where the model's chat templates cannot be compiled.
@@ -213,10 +153,6 @@ class LLMEngine:
             MiniInferError: CHAT_TEMPLATE_FAILED where the template fails, INVALID_FIELD where it
                 does not take what it is given, or as `generate`.
         """
-        several: Any = conversations
-        is_one = not isinstance(several, Sequence)  # which `read_chat` refuses
-        if is_one or (several and isinstance(several[0], Mapping)):
-            several = [conversations]
         chat_options = ChatOptions(
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -225,12 +161,13 @@ class LLMEngine:
             template_kwargs=template_kwargs,
             chat_template=chat_template,
         )
-        chats = [read_chat(each, chat_options) for each in several]
+        chats = [read_chat(each, chat_options) for each in _several(conversations)]
         _ = self._engine  # Says where it is closed what `generate` says.
         self._chat_templates.start()
         rendered = [self._chat_templates.render(each) for each in chats]
         encoded = [self._tokenizer.encode(each, False) for each in rendered]
-        return self._generate(encoded, _one_each(params, options, len(encoded)))
+        each_params = _one_each(params, options, len(encoded))
+        return self._generate(encoded, each_params, [0] * len(encoded), "")
 
     def close(self) -> None:
         """Frees the model and its cache; the engine is not usable after. Once is enough."""
@@ -252,39 +189,80 @@ class LLMEngine:
         self.close()
 
     def _generate(
-        self, encoded: Sequence[list[int]], params: Sequence[SamplingParams]
+        self,
+        encoded: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        priorities: Sequence[int],
+        cache_salt: str,
     ) -> list[GenerationOutput]:
-        generations = [
-            self._begin(prompt_ids, params[index], index)
+        groups = [
+            self._begin(prompt_ids, params[index], index, priorities[index], cache_salt)
             for index, prompt_ids in enumerate(encoded)
         ]
         try:
-            self._run(generations)
+            self._run(groups)
         except BaseException:
             # Ctrl-C can come at any instruction, so nothing of the queues is kept.
             self._loaded = self._engine.with_empty_queues()
             raise
-        return [generation.output for generation in generations]
+        return [generation.output for group in groups for generation in group]
 
-    def _run(self, generations: Sequence[_Generation]) -> None:
+    def _run(self, groups: Sequence[Sequence[Generation]]) -> None:
         scheduler, runner = self._engine.scheduler, self._engine.runner
-        running = {generation.sequence.key: generation for generation in generations}
-        unsent = deque(generations)
+        running = {each.sequence.key: each for group in groups for each in group}
+        unsent = deque([each.sequence for each in group] for group in groups)
         while running:
-            while unsent and scheduler.num_waiting < self.config.max_queued_requests:
-                scheduler.add(unsent.popleft().sequence)
+            while unsent and scheduler.has_room(unsent[0]):
+                scheduler.add(*unsent.popleft(), now=time.monotonic())
             batch = scheduler.schedule(time.monotonic())
             tokens = runner.run(batch)
-            for update in scheduler.finish_step(batch, tokens, time.monotonic()):
+            now = time.monotonic()
+            for update in scheduler.finish_step(batch, tokens, now):
                 generation = running[update.key]
                 generation.receive(update)
                 if generation.output.finish_reason:
-                    scheduler.abort(update.key)  # a stop string is seen here alone
+                    scheduler.abort(update.key, now)  # a stop string is seen here alone
                     del running[update.key]
 
-    def _begin(self, prompt_ids: list[int], params: SamplingParams, index: int) -> _Generation:
+    def _begin(
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        index: int,
+        priority: int,
+        cache_salt: str,
+    ) -> list[Generation]:
+        """The choices of a prompt."""
         served = self._engine.served
-        vocab_size = served.config.vocab_size
+        self._check(prompt_ids, params, index)
+        sampling = params.resolve(
+            served.defaults,
+            num_prompt_tokens=len(prompt_ids),
+            max_model_len=served.max_model_len,
+            seed=secrets.randbelow(MAX_SEED + 1),
+        )
+        keys = [StreamKey(b"", self._next_stream + choice) for choice in range(params.n)]
+        self._next_stream += params.n
+        scope = ("", cache_salt)
+        sequences = served.sequences(
+            keys, prompt_ids, sampling, priority=priority, cache_scope=scope
+        )
+        return [
+            Generation(
+                sequence,
+                self._open_text(params),
+                params.stop_strings,
+                GenerationOutput(
+                    prompt_token_ids=prompt_ids,
+                    choice_index=choice,
+                    seed=sequence.sampling.seed,
+                ),
+            )
+            for choice, sequence in enumerate(sequences)
+        ]
+
+    def _check(self, prompt_ids: Sequence[int], params: SamplingParams, index: int) -> None:
+        vocab_size = self._engine.served.config.vocab_size
         violations = params.violations(vocab_size)
         field = f"prompts[{index}]"
         if not prompt_ids:
@@ -294,24 +272,22 @@ class LLMEngine:
             violations.append(FieldViolation(field, expected))
         if violations:
             raise InvalidRequestError(violations)
-        sampling = params.resolve(
-            served.defaults,
-            num_prompt_tokens=len(prompt_ids),
-            max_model_len=served.max_model_len,
-            seed=secrets.randbelow(MAX_SEED + 1),
+
+    def _open_text(self, params: SamplingParams) -> TextStream:
+        return self._detokenizer.open(
+            stop=params.stop_strings,
+            skip_special_tokens=params.skip_special_tokens,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
         )
-        self._next_stream += 1
-        return _Generation(
-            served.sequence(StreamKey(b"", self._next_stream), prompt_ids, sampling),
-            self._detokenizer.open(
-                stop=params.stop_strings,
-                skip_special_tokens=params.skip_special_tokens,
-                include_stop_str_in_output=params.include_stop_str_in_output,
-                min_tokens=params.min_tokens,
-            ),
-            params.stop_strings,
-            GenerationOutput(prompt_token_ids=prompt_ids, seed=sampling.seed),
-        )
+
+
+def _several(conversations: Any) -> Any:
+    """A list of conversations, also where there is one."""
+    is_one = not isinstance(conversations, Sequence)  # which `read_chat` refuses
+    if is_one or (conversations and isinstance(conversations[0], Mapping)):
+        return [conversations]
+    return conversations
 
 
 def _checked_ids(prompt: Any, index: int) -> list[int]:

@@ -9,7 +9,6 @@ from mini_infer.errors import MiniInferError
 from mini_infer.messages import ENGINE_BEAT_INTERVAL_S, NO_BUDGET, EngineBeat
 
 from mini_infer_engine.batch import ScheduledBatch, StepTokens
-from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.inbox import AbortStreams, AddStream, Command, Inbox, KeepOnly, SocketFailed
 from mini_infer_engine.outbox import Outbox
 from mini_infer_engine.scheduler import Scheduler
@@ -52,7 +51,6 @@ class EngineLoop:
     def __init__(
         self,
         served: ServedModel,
-        pool: BlockPool,
         scheduler: Scheduler,
         runner: Runner,
         inbox: Inbox,
@@ -65,7 +63,6 @@ class EngineLoop:
 
         Args:
             served: The model as gateways know it.
-            pool: The scheduler's blocks.
             scheduler: The queues, idle.
             runner: Whatever makes tokens.
             inbox: Where commands come from.
@@ -74,7 +71,6 @@ class EngineLoop:
             seconds_per_token: How long a token of a step takes, about.
         """
         self._served = served
-        self._pool = pool
         self._scheduler = scheduler
         self._runner = runner
         self._inbox = inbox
@@ -117,32 +113,38 @@ class EngineLoop:
                 self._add(command)
             case AbortStreams(owner=owner, streams=streams, answer=answer):
                 for stream in streams:
-                    known = self._scheduler.abort(StreamKey(owner, stream), report=answer)
+                    key = StreamKey(owner, stream)
+                    known = self._scheduler.abort(key, time.monotonic(), report=answer)
                     self.num_unknown_streams += not known
             case KeepOnly(owner=owner, streams=streams):
                 for key in self._scheduler.keys_of(owner):
                     if key.stream not in streams:
-                        self._scheduler.abort(key)
+                        self._scheduler.abort(key, time.monotonic())
             case SocketFailed(error=error):
                 raise RuntimeError("the socket thread failed") from error
 
     def _add(self, command: AddStream) -> None:
         submit = command.submit
-        key = StreamKey(command.owner, submit.stream)
+        keys = [StreamKey(command.owner, stream) for stream in (submit.stream, *submit.siblings)]
         budget_ms = submit.budget_ms
+        deadline = None if budget_ms == NO_BUDGET else command.received + budget_ms / 1e3
         try:
-            sequence = self._served.sequence(
-                key,
+            sequences = self._served.sequences(
+                keys,
                 submit.prompt_ids,
                 submit.sampling,
                 output_ids=submit.output_ids,
-                deadline=None if budget_ms == NO_BUDGET else command.received + budget_ms / 1e3,
+                deadline=deadline,
+                priority=submit.priority,
+                cache_scope=(submit.principal, submit.cache_salt),
             )
-            self._scheduler.add(sequence)
+            self._scheduler.add(*sequences, now=time.monotonic())
         except MiniInferError as error:
-            self._outbox.refuse(key, error)
+            for key in keys:
+                self._outbox.refuse(key, error)
         else:
-            self._outbox.accept(key)
+            for key in keys:
+                self._outbox.accept(key)
 
     def _beat(self, batch: ScheduledBatch) -> None:
         """Tells the gateways that the loop turns, and how long they must wait for the next sign.
@@ -158,6 +160,7 @@ class EngineLoop:
 
     def _announce(self, now: float, expected_ms: float) -> None:
         self._last_beat = now
+        pool = self._scheduler.blocks.pool
         self._outbox.announce(
             EngineBeat(
                 epoch=self._epoch,
@@ -165,7 +168,10 @@ class EngineLoop:
                 expected_step_ms=expected_ms,
                 num_running=self._scheduler.num_running,
                 num_waiting=self._scheduler.num_waiting,
-                num_used_blocks=self._pool.num_used,
+                num_used_blocks=pool.num_used,
                 num_preemptions=self._scheduler.num_preemptions,
+                num_swapped=self._scheduler.num_swapped,
+                num_cached_blocks=pool.num_cached,
+                counters=self._scheduler.counters(),
             )
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from mini_infer_engine.batch import ScheduledBatch, StepTokens
@@ -37,7 +38,6 @@ class MergedDecode:
             buffers: Makes the inputs.
             num_rounds: Tokens that a step makes, at most the size of a block.
         """
-        self._cache = cache
         self._buffers = buffers
         self._num_rounds = num_rounds
         inputs = buffers.build_window(decode_batch(1), cache, num_rounds)
@@ -61,13 +61,19 @@ class MergedDecode:
         self._recording = record(rounds, tensors)
         cache.fill([0], 0.0)
 
-    def run(self, batch: ScheduledBatch) -> StepTokens | None:
-        """Makes the tokens of a batch that is one greedy row with room, else gives None."""
+    def run(self, batch: ScheduledBatch, cache: KVCache) -> StepTokens | None:
+        """Makes the tokens of a batch that is one greedy row with room, else gives None.
+
+        Args:
+            batch: Not empty.
+            cache: Holds its blocks, which must be neighbours.
+        """
         sampling = batch.sampling
         if len(sampling.rows) != 1 or len(sampling.banned_ids) or sampling.temperatures[0]:
             return None
-        inputs = self._buffers.build_window(batch, self._cache, self._num_rounds)
+        inputs = self._buffers.build_window(batch, cache, self._num_rounds)
         if inputs is None:
             return None
         ids, greatest = self._recording(inputs.token_ids, inputs.attention.positions, inputs.cache)
-        return StepTokens([ids.tolist()], [all(map(math.isfinite, greatest.tolist()))])
+        is_finite = all(map(math.isfinite, greatest.tolist()))
+        return StepTokens(ids.numpy()[None], np.array([is_finite]))

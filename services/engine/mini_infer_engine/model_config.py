@@ -9,6 +9,7 @@ needs torch.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,13 @@ from mini_infer.model_folder import MAX_JSON_BYTES, read_bytes
 from mini_infer_engine.architectures import ARCHITECTURES, FULL, SLIDING, Architecture
 from mini_infer_engine.config_fields import ConfigFields
 from mini_infer_engine.generation_config import read_eos_token_ids
-from mini_infer_engine.rope_config import MAX_POSITIONS, LongRope, RopeConfig, read_ropes
+from mini_infer_engine.rope_config import (
+    MAX_POSITIONS,
+    DynamicRope,
+    LongRope,
+    RopeConfig,
+    read_ropes,
+)
 from mini_infer_engine.weight_files import read_header_bytes, weight_files
 
 CONFIG_FILE = "config.json"
@@ -115,6 +122,13 @@ class ModelConfig:
         """Length of text behind which all of its keys are turned otherwise, or None."""
         longs = (rope for rope in self.ropes if isinstance(rope, LongRope))
         return next((rope.original_max_positions for rope in longs), None)
+
+    @property
+    def max_plain_prompt(self) -> float:
+        """Length up to which a prompt's keys do not depend on its length; infinite for most."""
+        dynamic = [rope.max_positions for rope in self.ropes if isinstance(rope, DynamicRope)]
+        turning_point = math.inf if self.turning_point is None else self.turning_point
+        return min([turning_point, *dynamic])
 
     @property
     def num_parameters(self) -> int:

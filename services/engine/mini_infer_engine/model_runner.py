@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from mini_infer_engine.batch import NO_TOKENS, ScheduledBatch, StepTokens
+from mini_infer_engine.host_cache import HostCache
 from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
 from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.layers.decoder import CausalLM
+from mini_infer_engine.lone_row import LoneRow
 from mini_infer_engine.sampling import sample
 
 if TYPE_CHECKING:
@@ -40,7 +42,12 @@ class EagerForward:
 
 
 class ModelRunner:
-    """Owns the model and the tensors of its KV cache; knows no requests and no queues."""
+    """Owns the model and the tensors of its KV cache; knows no requests and no queues.
+
+    Attributes:
+        cache: The blocks on the device.
+        host_cache: The swapped ones.
+    """
 
     def __init__(
         self,
@@ -48,6 +55,8 @@ class ModelRunner:
         cache: KVCache,
         buffers: InputBuffers,
         merged: MergedDecode | None = None,
+        host_cache: HostCache | None = None,
+        lone_row: LoneRow | None = None,
     ) -> None:
         """Takes over an allocated cache and the model over it, eager or captured.
 
@@ -56,27 +65,49 @@ class ModelRunner:
             cache: Its cache.
             buffers: Makes its inputs.
             merged: Makes several tokens a step where it can.
+            host_cache: Where swapped blocks go; without it there is room for none.
+            lone_row: Where a row that decodes alone is computed; without it no row is copied.
         """
         self._merged = merged
         self._forward = forward
         self._buffers = buffers
         self.cache = cache
+        self.host_cache = host_cache or HostCache(cache.spec, 0)
+        self._lone_row = lone_row or LoneRow(cache, 0)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepTokens:
         """Computes a batch and chooses the next token of each row that is complete.
 
         Args:
-            batch: May be empty.
+            batch: May have no rows; its blocks are moved all the same.
         """
+        self._move_blocks(batch)
+        copied = self._lone_row.enter(batch)
+        if copied is None:
+            return self._compute(batch, self.cache)
+        tokens = self._compute(copied, self._lone_row.cache)
+        self._lone_row.leave(batch, num_rounds=tokens.token_ids.shape[1])
+        return tokens
+
+    def _compute(self, batch: ScheduledBatch, cache: KVCache) -> StepTokens:
+        """Runs the rows over the cache that their block tables refer to."""
         if batch.is_empty:
             return NO_TOKENS
-        if len(batch.zero_blocks):
-            self.cache.fill(batch.zero_blocks.tolist(), 0.0)
-        if self._merged is not None and (tokens := self._merged.run(batch)) is not None:
+        if self._merged is not None and (tokens := self._merged.run(batch, cache)) is not None:
             return tokens
-        logits = self._forward(self._buffers.build(batch, self.cache))
+        logits = self._forward(self._buffers.build(batch, cache))
         if not len(batch.sampling.rows):
             return NO_TOKENS
-        token_ids, finite = sample(logits, batch.sampling)
-        return StepTokens([[token_id] for token_id in token_ids], finite)
+        return StepTokens(*sample(logits, batch.sampling))
+
+    def _move_blocks(self, batch: ScheduledBatch) -> None:
+        """Makes the blocks hold what the step expects, in the order that the batch defines."""
+        if len(batch.swap_outs):
+            self.host_cache.swap_out(self.cache, batch.swap_outs)
+        if len(batch.zero_blocks):
+            self.cache.fill(batch.zero_blocks, 0.0)
+        if len(batch.swap_ins):
+            self.host_cache.swap_in(self.cache, batch.swap_ins)
+        if len(batch.block_copies):
+            self.cache.copy_blocks(batch.block_copies)

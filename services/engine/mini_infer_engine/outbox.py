@@ -8,87 +8,94 @@ from __future__ import annotations
 import queue
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 
 from mini_infer.errors import MiniInferError
 from mini_infer.messages import (
+    NO_STOP_TOKEN,
     Accepted,
     EngineBeat,
-    FinishAccounting,
+    FinishCode,
     Message,
     Refused,
     StepOutput,
 )
 
-from mini_infer_engine.scheduler import SequenceUpdate
 from mini_infer_engine.sequence import StreamKey
-
-
-@dataclass(slots=True)
-class StreamRow:
-    """A stream's part of a step output; the fields are those of `StepOutput`'s columns."""
-
-    start: int
-    token_ids: list[int]
-    finish_code: int
-    stop_token_id: int
-    accounting: FinishAccounting | None
+from mini_infer_engine.step_updates import SequenceEnd, StepUpdates
 
 
 @dataclass(slots=True)
 class StepRows:
-    """The output of a step for one gateway, before it is numbered; later steps can join it."""
+    """The output of steps for one gateway, before it is numbered.
+
+    Attributes:
+        step: The last step.
+        parts: What each of them did.
+    """
 
     step: int
-    rows: dict[int, StreamRow] = field(default_factory=dict)
-
-    def add(self, update: SequenceUpdate) -> None:
-        """Adds what a step did for a stream."""
-        self._add(
-            update.key.stream,
-            StreamRow(
-                update.start,
-                list(update.token_ids),
-                update.finish_code,
-                update.stop_token_id,
-                update.accounting,
-            ),
-        )
+    parts: list[StepUpdates]
 
     def merge(self, later: StepRows) -> None:
-        """Takes in the output of a later step, so that both leave as one message."""
+        """Takes in the output of later steps, so that all leave as one message."""
         self.step = later.step
-        for stream, row in later.rows.items():
-            self._add(stream, row)
+        self.parts += later.parts
 
     @property
     def num_bytes(self) -> int:
         """About what it takes as a frame."""
-        return sum(40 + 5 * len(row.token_ids) for row in self.rows.values())
+        return sum(40 * len(part.keys) + 5 * sum(map(len, part.token_ids)) for part in self.parts)
 
     def numbered(self, epoch: int, seq: int) -> StepOutput:
-        """The message."""
-        rows = list(self.rows.values())
+        """The message, in which each stream has one row."""
+        rows = self.parts[0] if len(self.parts) == 1 else _merged(self.parts)
+        finish_codes = [int(FinishCode.RUNNING)] * len(rows.keys)
+        stop_token_ids = [NO_STOP_TOKEN] * len(rows.keys)
+        for index, end in rows.ends.items():
+            finish_codes[index] = int(end.code)
+            stop_token_ids[index] = end.stop_token_id
         return StepOutput(
             epoch=epoch,
             seq=seq,
             step=self.step,
-            streams=list(self.rows),
-            starts=[row.start for row in rows],
-            counts=[len(row.token_ids) for row in rows],
-            token_ids=[token_id for row in rows for token_id in row.token_ids],
-            finish_codes=[int(row.finish_code) for row in rows],
-            stop_token_ids=[row.stop_token_id for row in rows],
-            finished=[row.accounting for row in rows if row.accounting is not None],
+            streams=[key.stream for key in rows.keys],
+            starts=rows.starts,
+            counts=list(map(len, rows.token_ids)),
+            token_ids=list(chain.from_iterable(rows.token_ids)),
+            finish_codes=finish_codes,
+            stop_token_ids=stop_token_ids,
+            finished=[end.accounting for _, end in sorted(rows.ends.items())],
         )
 
-    def _add(self, stream: int, row: StreamRow) -> None:
-        earlier = self.rows.setdefault(stream, row)
-        if earlier is not row:
-            earlier.token_ids += row.token_ids
-            earlier.finish_code = row.finish_code
-            earlier.stop_token_id = row.stop_token_id
-            earlier.accounting = row.accounting
+
+def _merged(parts: Iterable[StepUpdates]) -> StepUpdates:
+    """One row for each sequence: the tokens of all of its rows, and the end of the last."""
+    starts: dict[StreamKey, int] = {}
+    token_ids: dict[StreamKey, list[int]] = {}
+    ends: dict[StreamKey, SequenceEnd] = {}
+    for part in parts:
+        for key, start, ids, end in part.rows():
+            starts.setdefault(key, start)
+            token_ids.setdefault(key, []).extend(ids)
+            if end is not None:
+                ends[key] = end
+    merged = StepUpdates()
+    for key, start in starts.items():
+        merged.add(key, start, token_ids[key], ends.get(key))
+    return merged
+
+
+def _by_owner(updates: StepUpdates) -> dict[bytes, StepUpdates]:
+    """The rows of each gateway."""
+    owners = {key.owner for key in updates.keys}
+    if len(owners) == 1:
+        return {owners.pop(): updates}
+    divided = {owner: StepUpdates() for owner in owners}
+    for key, start, token_ids, end in updates.rows():
+        divided[key.owner].add(key, start, token_ids, end)
+    return divided
 
 
 Outgoing = tuple[bytes | None, Message | StepRows]
@@ -111,7 +118,9 @@ class Outbox:
 
     def refuse(self, key: StreamKey, error: MiniInferError) -> None:
         """Tells a gateway that its stream ends with an error."""
-        refused = Refused(key.stream, error.reason, error.message, error.metadata)
+        refused = Refused(
+            key.stream, error.reason, error.message, error.metadata, error.retry_after_s
+        )
         self._queue.put((key.owner, refused))
 
     def announce(self, beat: EngineBeat) -> None:
@@ -119,16 +128,12 @@ class Outbox:
         self._queue.put((None, beat))
         self._wake()
 
-    def publish(self, step: int, updates: Iterable[SequenceUpdate]) -> None:
+    def publish(self, step: int, updates: StepUpdates) -> None:
         """Tells each gateway what a step did for its streams, and sends all that is queued."""
-        outputs: dict[bytes, StepRows] = {}
-        for update in updates:
-            if update.error:
-                self.refuse(update.key, update.error)
-            else:
-                outputs.setdefault(update.key.owner, StepRows(step)).add(update)
-        for owner, rows in outputs.items():
-            self._queue.put((owner, rows))
+        for key, error in updates.failures:
+            self.refuse(key, error)
+        for owner, rows in _by_owner(updates).items():
+            self._queue.put((owner, StepRows(step, [rows])))
         if not self._queue.empty():
             self._wake()
 

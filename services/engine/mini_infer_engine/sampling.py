@@ -12,12 +12,10 @@ when it is resumed.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
-from mini_infer_engine.batch import SamplingColumns
+from mini_infer_engine.batch import Bools, Ints, SamplingColumns
 
 _MIN_TEMPERATURE = 1e-5
 """Below it logits would overflow; the distribution is all on the likeliest token anyway."""
@@ -34,7 +32,7 @@ def uniform(seed: int, position: int) -> float:
     return float(bits.random_raw() >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[list[int], list[bool]]:
+def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[Ints, Bools]:
     """Chooses a token per row.
 
     Args:
@@ -42,32 +40,29 @@ def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[list[int], l
         columns: How, for the R rows.
 
     Returns:
-        [R] token ids, and [R] whether they mean anything: not where a row has NaN or infinity, or
-        nothing that may be chosen.
+        [R, 1] token ids, and [R] whether they mean anything: not where a row has NaN or infinity,
+        or nothing that may be chosen.
     """
     if len(columns.banned_rows):
         rows = torch.from_numpy(columns.banned_rows).to(logits.device)
         ids = torch.from_numpy(columns.banned_ids).to(logits.device)
         logits[rows, ids] = -torch.inf
     chosen, finite = _likeliest(logits)
-    if any(columns.temperatures.tolist()):
+    if columns.temperatures.any():
         drawn = np.flatnonzero(columns.temperatures)
         rows = torch.from_numpy(drawn).to(logits.device)
-        for row, token_id in zip(
-            drawn.tolist(), _draw(logits[rows], columns, drawn).tolist(), strict=True
-        ):
-            chosen[row] = token_id
-    return chosen, finite
+        chosen[drawn] = _draw(logits[rows], columns, drawn).numpy(force=True)
+    return chosen[:, None], finite
 
 
-def _likeliest(logits: torch.Tensor) -> tuple[list[int], list[bool]]:
+def _likeliest(logits: torch.Tensor) -> tuple[Ints, Bools]:
     """The likeliest token of each row, and whether its logit is finite; NaN is above all."""
     if logits.device.type != "cpu":
         greatest, chosen = logits.max(-1)
-        return chosen.tolist(), greatest.isfinite().tolist()
+        return chosen.numpy(force=True), greatest.isfinite().numpy(force=True)
     scores = logits.numpy()  # which searches several times as fast
-    ids = scores.argmax(-1).tolist()
-    return ids, [math.isfinite(scores[row, token_id]) for row, token_id in enumerate(ids)]
+    ids = scores.argmax(-1)
+    return ids, np.isfinite(scores[np.arange(len(ids)), ids])
 
 
 def _draw(

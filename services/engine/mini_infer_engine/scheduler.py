@@ -2,87 +2,81 @@
 
 Continuous batching in the manner of Orca (Yu et al., OSDI 2022): the batch is made anew at each
 step, so sequences join and leave at any step. There are no prefill or decode phases, only
-sequences with tokens that are not computed yet: running ones are served first, in order of
-arrival, and what is left of the step's token budget goes to those that wait. When blocks run out
-the latest arrival loses its blocks and is computed again later (preemption by recompute, as in
-Kwon et al., SOSP 2023).
+sequences with tokens that are not computed yet: those with one such token are served first, what
+is left of the step's token budget goes to the others (chunked prefill, Agrawal et al.,
+"Sarathi-Serve", OSDI 2024), and what is then left to those that wait.
+
+*Scheduling order*: by class, those that ran before first, then by deadline, then by arrival
+(`waiting_queue.py`). When blocks run out the last one in this order loses its blocks. They are
+computed again later or, where that is cheaper, swapped to the host's memory (Kwon et al.,
+"PagedAttention", SOSP 2023, section 4.5).
 
 No tensors, no sockets; one thread.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence as Seq
 
 from mini_infer.errors import ErrorReason, MiniInferError
-from mini_infer.messages import NO_STOP_TOKEN, FinishAccounting, FinishCode
+from mini_infer.messages import NO_STOP_TOKEN, EngineCounters, FinishAccounting, FinishCode
 
-from mini_infer_engine.batch import ScheduledBatch, ScheduledRow, StepTokens, build_batch
-from mini_infer_engine.block_pool import BlockPool
+from mini_infer_engine.admission import Admission
+from mini_infer_engine.alarms import Alarms
+from mini_infer_engine.batch import EMPTY_BATCH, ScheduledBatch, StepTokens
+from mini_infer_engine.block_manager import BlockManager
+from mini_infer_engine.limits import SchedulerLimits, StepBudget
+from mini_infer_engine.preemption import Preemption
+from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sequence import Sequence, SequenceStatus, StreamKey
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
-    """What a step did for one sequence.
-
-    Attributes:
-        key: The sequence.
-        start: Output position of the first of
-        token_ids: its new ids, perhaps none.
-        finish_code: How it ended, or RUNNING.
-        stop_token_id: The id that ended it, or `NO_STOP_TOKEN`.
-        accounting: Where its time went, once it has ended.
-        error: Why it failed. A failed sequence has no finish code.
-    """
-
-    key: StreamKey
-    start: int
-    token_ids: list[int] = field(default_factory=list)
-    finish_code: FinishCode = FinishCode.RUNNING
-    stop_token_id: int = NO_STOP_TOKEN
-    accounting: FinishAccounting | None = None
-    error: MiniInferError | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """Bounds of the scheduler, as `EngineConfig` names them; all at least 1."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_queued_requests: int
+from mini_infer_engine.step_costs import StepCosts
+from mini_infer_engine.step_plan import LaunchedStep, StepPlan
+from mini_infer_engine.step_updates import SequenceEnd, StepUpdates
+from mini_infer_engine.waiting_queue import WaitingQueue
 
 
 class Scheduler:
     """The waiting queue and the running batch.
 
-    A sequence is in exactly one of them from `add` until its last update; its blocks go back to
-    the pool when it has ended and no launched step names it any more.
+    A sequence is in exactly one of them from `add` until its last update; its blocks go back when
+    it has ended and no launched step names it any more.
     """
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
-        """Makes an idle scheduler over a pool that it alone uses."""
-        self._pool = pool
-        self._limits = limits
+    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, costs: StepCosts) -> None:
+        """Makes an idle scheduler.
+
+        Args:
+            blocks: Of a cache that it alone uses.
+            limits: Bounds.
+            costs: What steps take; learns from each one.
+        """
+        self.blocks = blocks
+        self.limits = limits
+        self.costs = costs
+        self._budget = StepBudget(limits, costs, blocks.pool.block_size)
         self._sequences: dict[StreamKey, Sequence] = {}
-        self._waiting: OrderedDict[StreamKey, Sequence] = OrderedDict()
-        self._running: list[Sequence] = []  # in order of arrival
-        self._launched: dict[int, list[ScheduledRow]] = {}  # rows of the steps under way
-        self._updates: list[SequenceUpdate] = []  # of sequences that ended outside of a step
-        self._zero_blocks: list[int] = []
+        self._waiting: WaitingQueue[Sequence] = WaitingQueue(limits.priority_ageing_s)
+        self._running = RunningBatch(limits.max_num_seqs)
+        self._admission = Admission(limits, costs, blocks, self._waiting, self._running)
+        self._preemption = Preemption(blocks, costs, self._running, self._waiting)
+        self._deadlines: Alarms[StreamKey] = Alarms()
+        self._launched: dict[int, LaunchedStep] = {}
+        self._updates = StepUpdates()  # of sequences that ended outside of a step
+        self._num_arrivals = 0
+        self._num_watermark_blocks = math.ceil(limits.kv_watermark * blocks.pool.num_blocks)
         self.num_steps = 0
-        self.num_preemptions = 0
+        self._num_prefill_tokens = 0
+        self._num_decode_tokens = 0
+        self._num_expired_waiting = 0
+        self._num_expired_running = 0
 
     # --- queues ---------------------------------------------------------------------------------
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to schedule and nothing to report."""
-        return not self._sequences and not self._updates
+        return not self._sequences and not self._updates.keys
 
     @property
     def num_running(self) -> int:
@@ -91,47 +85,81 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that hold no blocks and wait for a step."""
+        """Sequences that wait for a step, swapped ones among them."""
         return len(self._waiting)
 
     @property
-    def limits(self) -> SchedulerLimits:
-        """The bounds that it was made with."""
-        return self._limits
+    def num_swapped(self) -> int:
+        """Sequences that wait with their K and V in the host's memory."""
+        return self.blocks.num_swapped
+
+    @property
+    def num_preemptions(self) -> int:
+        """Preemptions of both kinds so far."""
+        return self._preemption.num_recomputes + self._preemption.num_swaps
+
+    def counters(self) -> EngineCounters:
+        """What was decided so far."""
+        blocks = self.blocks
+        return EngineCounters(
+            num_prefill_tokens=self._num_prefill_tokens,
+            num_decode_tokens=self._num_decode_tokens,
+            num_queried_tokens=blocks.num_queried_tokens,
+            num_hit_tokens=blocks.num_hit_tokens,
+            num_recomputes=self._preemption.num_recomputes,
+            num_swaps=self._preemption.num_swaps,
+            num_swapped_out_blocks=blocks.num_swapped_out_blocks,
+            num_swapped_in_blocks=blocks.num_swapped_in_blocks,
+            num_copied_blocks=blocks.num_copied_blocks,
+            num_evicted_blocks=blocks.pool.num_evicted,
+            num_expired_waiting=self._num_expired_waiting,
+            num_expired_running=self._num_expired_running,
+            refusals={reason.value: count for reason, count in self._admission.refusals.items()},
+        )
+
+    def has_room(self, group: Seq[Sequence]) -> bool:
+        """Whether sequences that share a prompt may queue, as far as the queue is concerned."""
+        return self._admission.queue_problem(group) is None
 
     def keys_of(self, owner: bytes) -> list[StreamKey]:
         """The sequences of one gateway that have not ended."""
         return [key for key in self._sequences if key.owner == owner]
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues a sequence.
+    def add(self, sequence: Sequence, *siblings: Sequence, now: float) -> None:
+        """Queues a sequence, and others that share its prompt: all of them or none.
+
+        Args:
+            sequence: New.
+            siblings: New; `sequence` is their parent.
+            now: Monotonic time.
 
         Raises:
-            MiniInferError: DUPLICATE_REQUEST_ID; QUEUE_FULL; or KV_EXHAUSTED where the sequence
-                could not run to its end even with all blocks for itself.
+            MiniInferError: DUPLICATE_REQUEST_ID; KV_EXHAUSTED where the sequence could not run to
+                its end even with all blocks for itself; QUEUE_FULL; DEADLINE_UNREACHABLE where it
+                is not expected to get its first token in time.
         """
-        if sequence.key in self._sequences:
-            message = f"stream {sequence.key.stream} exists already"
-            raise MiniInferError(ErrorReason.DUPLICATE_REQUEST_ID, message)
-        if len(self._waiting) >= self._limits.max_queued_requests:
-            message = f"{len(self._waiting)} requests wait already: try again later"
-            raise MiniInferError(ErrorReason.QUEUE_FULL, message)
-        needed = self._pool.blocks_for(sequence.max_num_tokens)
-        if needed > self._pool.num_blocks:
-            raise MiniInferError(
-                ErrorReason.KV_EXHAUSTED,
-                f"prompt and max_tokens need {needed} blocks of the KV cache, which has "
-                f"{self._pool.num_blocks}: lower max_tokens or give the engine more memory",
-                {"limit": str(self._pool.num_blocks), "needed": str(needed)},
-            )
-        self._sequences[sequence.key] = sequence
-        self._waiting[sequence.key] = sequence
+        group = [sequence, *siblings]
+        keys = [each.key for each in group]
+        for index, key in enumerate(keys):
+            if key in self._sequences or key in keys[:index]:
+                message = f"stream {key.stream} exists already"
+                raise MiniInferError(ErrorReason.DUPLICATE_REQUEST_ID, message)
+        for each in group:
+            self._num_arrivals += 1
+            each.arrival_number = self._num_arrivals
+        self._admission.check(group, now)
+        for each in group:
+            self._sequences[each.key] = each
+            self._waiting.add(each, now)
+            if each.deadline is not None:
+                self._deadlines.set(each.key, each.deadline)
 
-    def abort(self, key: StreamKey, *, report: bool = False) -> bool:
+    def abort(self, key: StreamKey, now: float, *, report: bool = False) -> bool:
         """Ends a sequence at once.
 
         Args:
             key: The sequence.
+            now: Monotonic time.
             report: Whether an update that says ABORTED is wanted.
 
         Returns:
@@ -141,9 +169,9 @@ class Scheduler:
         if sequence is None:
             return False
         if report:
-            self._end_outside_step(sequence, FinishCode.ABORTED)
+            self._end_outside_step(sequence, FinishCode.ABORTED, now)
         else:
-            self._end(sequence)
+            self._end(sequence, now)
         return True
 
     # --- a step ---------------------------------------------------------------------------------
@@ -155,25 +183,18 @@ class Scheduler:
             now: Monotonic time; sequences whose deadline has passed end first.
         """
         self._expire(now)
-        rows = self._continue_running()
-        budget = self._limits.max_num_batched_tokens - sum(row.num_tokens for row in rows)
-        rows += self._admit_waiting(budget)
-        if not rows:
-            return build_batch(self.num_steps, [], [])
-        # Stable: order of arrival within rows of one token and within the others.
-        rows.sort(key=lambda row: row.num_tokens > 1)
+        self._waiting.promote(now)
+        self._preemption.make_way(self._num_watermark_blocks, now)
+        plan = self._continue_running(now)
+        self._admit_waiting(plan, now)
+        if plan.is_empty:
+            return EMPTY_BATCH
         self.num_steps += 1
-        for row in rows:
-            row.sequence.num_in_flight += 1
-            row.sequence.times.note_step(self.num_steps)
-        self._launched[self.num_steps] = rows
-        batch = build_batch(self.num_steps, rows, self._zero_blocks)
-        self._zero_blocks = []
-        return batch
+        transfers = self.blocks.take_transfers()
+        self._launched[self.num_steps] = plan.launch(transfers.num_swapped, now)
+        return self._running.build(self.num_steps, plan.decodes, plan.prefills, transfers)
 
-    def finish_step(
-        self, batch: ScheduledBatch, tokens: StepTokens, now: float
-    ) -> list[SequenceUpdate]:
+    def finish_step(self, batch: ScheduledBatch, tokens: StepTokens, now: float) -> StepUpdates:
         """Takes a step's tokens in and says what became of its sequences.
 
         Args:
@@ -182,167 +203,182 @@ class Scheduler:
             now: Monotonic time.
 
         Returns:
-            An update for each sequence that got tokens or has ended since the step before.
+            A row for each sequence that got tokens or has ended since the step before.
         """
-        updates, self._updates = self._updates, []
-        chosen = iter(zip(tokens.token_ids, tokens.finite, strict=True))
-        for row in self._launched.pop(batch.step, []) if not batch.is_empty else []:
-            sequence = row.sequence
+        updates, self._updates = self._updates, StepUpdates()
+        if batch.is_empty:
+            return updates
+        step = self._launched.pop(batch.step)
+        self._note_costs(batch, step, now)
+        sampled = batch.sampling.rows
+        chosen = dict(zip(sampled.tolist(), tokens.token_ids.tolist(), strict=True))
+        failed = set(sampled[~tokens.finite].tolist())
+        running, ended = FinishCode.RUNNING, SequenceStatus.ENDED
+        block_size = self.blocks.pool.block_size
+        rows = zip(step.sequences, step.num_scheduled_tokens, strict=True)
+        for row, (sequence, num_tokens) in enumerate(rows):
             sequence.num_in_flight -= 1
-            token_ids, finite = next(chosen) if row.samples else ([], True)
-            if sequence.status is SequenceStatus.ENDED:
+            if sequence.status is ended:
                 self._release_if_done(sequence)
                 continue
-            sequence.num_computed_tokens += row.num_tokens
-            if not finite:
-                updates.append(self._fail(sequence))
-            elif token_ids:
-                updates.append(self._append(sequence, token_ids, now))
+            if row in failed:
+                self._fail(sequence, updates, now)
+                continue
+            start = len(sequence.token_ids) - sequence.num_prompt_tokens
+            ids = chosen.get(row, [])
+            code = sequence.advance(num_tokens, ids)
+            if sequence.num_computed_tokens // block_size > sequence.num_committed_blocks:
+                self.blocks.commit(sequence)
+            if ids:
+                sequence.times.note_token(now)
+                if code is running:
+                    updates.add(sequence.key, start, ids)
+                else:
+                    self._finish(sequence, start, code, updates, now)
+        self._num_decode_tokens += updates.num_tokens
         return updates
 
     def check_integrity(self) -> None:
-        """Checks every invariant of the queues and of the pool.
+        """Checks every invariant of the queues and of the blocks.
 
         Raises:
             AssertionError: Where one does not hold.
         """
-        launched = [row.sequence for rows in self._launched.values() for row in rows]
+        launched = [each for step in self._launched.values() for each in step.sequences]
         everyone = {id(each): each for each in [*self._sequences.values(), *launched]}
-        self._pool.check_integrity(each.block_table for each in everyone.values())
+        self.blocks.check_integrity(everyone.values())
+        self._running.check_integrity()
+        self._waiting.check_integrity()
         running = {each.key for each in self._running}
-        assert len(running) == len(self._running) <= self._limits.max_num_seqs
-        assert not running & self._waiting.keys(), "a sequence is in both queues"
-        assert running | self._waiting.keys() == self._sequences.keys(), "a sequence is lost"
-        arrivals = [each.times.arrival for each in self._running]
-        assert arrivals == sorted(arrivals), "the running batch is out of order"
-        for sequence in self._waiting.values():
+        waiting = {each.key for each in self._waiting}
+        assert not running & waiting, "a sequence is in both queues"
+        assert running | waiting == self._sequences.keys(), "a sequence is lost"
+        for sequence in self._waiting:
             assert sequence.status is SequenceStatus.WAITING
             assert not sequence.block_table, f"{sequence} waits with blocks"
         for sequence in self._running:
             assert sequence.status is SequenceStatus.RUNNING
+            assert not sequence.host_blocks, f"{sequence} runs with blocks of the host"
             assert sequence.num_computed_tokens < sequence.num_tokens
         if not self._sequences and not launched:
-            assert self._pool.num_used == 0, "an idle scheduler holds blocks"
+            assert self.blocks.pool.num_used == 0, "an idle scheduler holds blocks"
+            assert self.num_swapped == 0, "an idle scheduler has swapped sequences"
 
     # --- how schedule chooses -------------------------------------------------------------------
 
     def _expire(self, now: float) -> None:
-        late = [
-            each
-            for each in self._sequences.values()
-            if each.deadline is not None and each.deadline <= now
-        ]
-        for sequence in late:
-            self._end_outside_step(sequence, FinishCode.DEADLINE)
+        for key in self._deadlines.take_due(now):
+            sequence = self._sequences[key]
+            has_run = sequence.times.first_step is not None
+            self._num_expired_running += has_run
+            self._num_expired_waiting += not has_run
+            self._end_outside_step(sequence, FinishCode.DEADLINE, now)
 
-    def _continue_running(self) -> list[ScheduledRow]:
-        rows: list[ScheduledRow] = []
-        budget = self._limits.max_num_batched_tokens
-        index = 0
-        # Preemption shortens the list from its end, never before `index`.
-        while index < len(self._running) and budget > 0:
-            sequence = self._running[index]
-            num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, budget)
-            if not self._make_room(sequence, num_tokens):
-                break
-            rows.append(ScheduledRow.of(sequence, num_tokens))
-            budget -= num_tokens
-            index += 1
-        return rows
+    def _continue_running(self, now: float) -> StepPlan:
+        """A step of those that run: first one token for each of which just that is left."""
+        plan = StepPlan()
+        unfinished: list[Sequence] = []
+        block_size = self.blocks.pool.block_size
+        for sequence in list(self._running):
+            num_tokens = len(sequence.token_ids)
+            if num_tokens > len(sequence.block_table) * block_size:
+                if not self._preemption.make_room(sequence, now):
+                    break  # it was the last one
+            if sequence.num_computed_tokens == num_tokens - 1:
+                plan.decodes.append(sequence)
+            else:
+                unfinished.append(sequence)
+        plan.budget = self._budget.prefill_tokens(len(plan.decodes))
+        for sequence in unfinished:
+            if plan.budget > 0 and sequence.status is SequenceStatus.RUNNING:
+                plan.give(sequence)
+        return plan
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Gives a running sequence blocks for more tokens, taking them from later arrivals."""
-        needed = self._missing_blocks(sequence, sequence.num_computed_tokens + num_tokens)
-        while needed > self._pool.num_free:
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        sequence.block_table += self._pool.allocate(needed)
-        return True
-
-    def _admit_waiting(self, budget: int) -> list[ScheduledRow]:
-        rows: list[ScheduledRow] = []
-        while self._waiting and budget > 0 and len(self._running) < self._limits.max_num_seqs:
-            sequence = next(iter(self._waiting.values()))
+    def _admit_waiting(self, plan: StepPlan, now: float) -> None:
+        """Lets those that wait join while tokens, places and blocks are left."""
+        while plan.budget > 0 and self._running.num_free_slots:
+            sequence = self._waiting.first()
+            if sequence is None or _must_wait_for_parent(sequence):
+                return
             # Room for all of it, not just for this step's part: a sequence that joined without
             # would soon have to leave again.
-            needed = self._pool.blocks_for(sequence.num_tokens)
-            if needed > self._pool.num_free:
-                break
-            del self._waiting[sequence.key]
-            sequence.block_table = self._pool.allocate(needed)
+            if not self.blocks.join(sequence, self._num_watermark_blocks if self._running else 0):
+                return
+            self._waiting.remove(sequence)
             sequence.status = SequenceStatus.RUNNING
-            bisect.insort(self._running, sequence, key=lambda each: each.times.arrival)
-            num_tokens = min(sequence.num_tokens, budget)
-            rows.append(ScheduledRow.of(sequence, num_tokens))
-            budget -= num_tokens
-        return rows
+            self._running.add(sequence)
+            if sequence.times.first_step is None:
+                cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+                sequence.num_cached_tokens = cached
+                sequence.times.note_first_step(now, self.num_steps + 1)
+            plan.give(sequence)
 
-    def _missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        return max(0, self._pool.blocks_for(num_tokens) - len(sequence.block_table))
+    # --- how sequences go on and end ------------------------------------------------------------
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes a running sequence's blocks and queues it before all that wait."""
-        self._running.remove(sequence)
-        self._pool.release(sequence.block_table)
-        sequence.block_table = []
-        sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
-        self.num_preemptions += 1
-        sequence.status = SequenceStatus.WAITING
-        self._waiting[sequence.key] = sequence
-        self._waiting.move_to_end(sequence.key, last=False)
+    def _note_costs(self, batch: ScheduledBatch, step: LaunchedStep, now: float) -> None:
+        num_prefill_tokens = batch.num_tokens - batch.num_decodes
+        self._num_prefill_tokens += num_prefill_tokens
+        self.costs.note(
+            num_decodes=batch.num_decodes,
+            num_prefill_tokens=num_prefill_tokens,
+            num_swapped_blocks=step.num_swapped_blocks,
+            seconds=now - step.started,
+        )
 
-    # --- how sequences end ----------------------------------------------------------------------
+    def _finish(
+        self, sequence: Sequence, start: int, code: FinishCode, updates: StepUpdates, now: float
+    ) -> None:
+        """Ends a sequence with the tokens that it has got from output position `start` on."""
+        token_ids = sequence.token_ids[sequence.num_prompt_tokens + start :]
+        stop_token_id = token_ids[-1] if code is FinishCode.STOP_TOKEN else NO_STOP_TOKEN
+        end = SequenceEnd(code, stop_token_id, self._accounting(sequence, now))
+        updates.add(sequence.key, start, token_ids, end)
+        self._end(sequence, now)
 
-    def _append(self, sequence: Sequence, token_ids: Iterable[int], now: float) -> SequenceUpdate:
-        start, num_turned_together = sequence.num_output_tokens, sequence.num_turned_together
-        code = FinishCode.RUNNING
-        kept: list[int] = []
-        for token_id in token_ids:
-            code = sequence.append(token_id)
-            kept.append(token_id)
-            if code is not FinishCode.RUNNING:
-                break
-        sequence.num_computed_tokens += len(kept) - 1
-        if sequence.num_turned_together != num_turned_together:
-            sequence.num_computed_tokens = 0
-        sequence.times.note_tokens(now)
-        if code is FinishCode.RUNNING:
-            return SequenceUpdate(sequence.key, start, kept)
-        self._end(sequence)
-        stop_token_id = kept[-1] if code is FinishCode.STOP_TOKEN else NO_STOP_TOKEN
-        accounting = sequence.times.accounting(sequence.num_preemptions)
-        return SequenceUpdate(sequence.key, start, kept, code, stop_token_id, accounting)
-
-    def _fail(self, sequence: Sequence) -> SequenceUpdate:
-        self._zero_blocks += sequence.block_table
-        self._end(sequence)
+    def _fail(self, sequence: Sequence, updates: StepUpdates, now: float) -> None:
+        self.blocks.condemn(sequence)
+        self._end(sequence, now)
         message = (
             "the model's logits are not finite numbers: the weights or the prompt are at fault"
         )
         error = MiniInferError(ErrorReason.NUMERICAL_ERROR, message)
-        return SequenceUpdate(sequence.key, sequence.num_output_tokens, error=error)
+        updates.failures.append((sequence.key, error))
 
-    def _end_outside_step(self, sequence: Sequence, code: FinishCode) -> None:
-        self._end(sequence)
-        accounting = sequence.times.accounting(sequence.num_preemptions)
-        start = sequence.num_output_tokens
-        update = SequenceUpdate(sequence.key, start, finish_code=code, accounting=accounting)
-        self._updates.append(update)
+    def _end_outside_step(self, sequence: Sequence, code: FinishCode, now: float) -> None:
+        end = SequenceEnd(code, NO_STOP_TOKEN, self._accounting(sequence, now))
+        self._updates.add(sequence.key, sequence.num_output_tokens, [], end)
+        self._end(sequence, now)
 
-    def _end(self, sequence: Sequence) -> None:
+    def _accounting(self, sequence: Sequence, now: float) -> FinishAccounting:
+        return sequence.times.accounting(
+            now,
+            self.num_steps,
+            num_cached_tokens=sequence.num_cached_tokens,
+            num_preemptions=sequence.num_preemptions,
+        )
+
+    def _end(self, sequence: Sequence, now: float) -> None:
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
+            self._admission.completions.note_completion(now, saturated=bool(self._waiting))
         else:
-            del self._waiting[sequence.key]
+            self._waiting.remove(sequence)
         del self._sequences[sequence.key]
+        self._deadlines.drop(sequence.key)
         sequence.status = SequenceStatus.ENDED
         self._release_if_done(sequence)
 
     def _release_if_done(self, sequence: Sequence) -> None:
         """Frees an ended sequence's blocks unless a launched step still reads or writes them."""
         if sequence.num_in_flight == 0:
-            self._pool.release(sequence.block_table)
-            sequence.block_table = []
+            self.blocks.release(sequence)
+
+
+def _must_wait_for_parent(sequence: Sequence) -> bool:
+    """Whether the prompt that the sequence shares is just being computed."""
+    parent = sequence.parent
+    return (
+        parent is not None
+        and parent.status is SequenceStatus.RUNNING
+        and parent.num_computed_tokens < sequence.num_prompt_tokens
+    )

@@ -13,16 +13,18 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
 from mini_infer.model_folder import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, read_json_object
 
 from mini_infer_engine.batch import NO_TOKENS, ScheduledBatch, StepTokens
-from mini_infer_engine.block_pool import BlockPool
-from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
+from mini_infer_engine.build_scheduler import build_scheduler
+from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.served_model import read_served_model
 from mini_infer_engine.server import serve
+from mini_infer_engine.step_costs import StepCoefficients
 
 
 def scripted_token(seed: int, position: int, ordinary_ids: list[int]) -> int:
@@ -70,15 +72,17 @@ class ScriptedRunner:
         time.sleep(self._step_s)
         columns = batch.sampling
         token_ids = [
-            [
-                scripted_token(seed, position + offset, self._ordinary_ids)
-                for offset in range(self._tokens_per_row)
-            ]
+            scripted_token(seed, position + offset, self._ordinary_ids)
             for seed, position in zip(
                 columns.seeds.tolist(), columns.positions.tolist(), strict=True
             )
+            for offset in range(self._tokens_per_row)
         ]
-        return StepTokens(token_ids, [True] * len(token_ids))
+        num_rows = len(columns.rows)
+        return StepTokens(
+            np.array(token_ids, np.int64).reshape(num_rows, self._tokens_per_row),
+            np.ones(num_rows, np.bool_),
+        )
 
 
 def main(
@@ -98,17 +102,15 @@ def main(
         max_num_batched_tokens=max_num_batched_tokens,
         max_queued_requests=max_queued_requests,
     )
-    served = read_served_model(config, "float32")
-    pool = BlockPool(num_blocks, config.block_size)
-    limits = SchedulerLimits(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_queued_requests=max_queued_requests,
-    )
+    model_config = read_model_config(config.model_folder)
+    served = read_served_model(config, model_config, "float32")
     ordinary_ids = ordinary_token_ids(config.model_folder)
     runner = ScriptedRunner(ordinary_ids, step_ms / 1e3, tokens_per_row)
-    scheduler = Scheduler(pool, limits)
-    serve(served, pool, scheduler, runner, address, seconds_per_token=step_ms / 1e3)
+    step_s = max(step_ms / 1e3, 1e-6)
+    # The time of a step does not depend on what is in it.
+    costs = StepCoefficients(step_s=step_s, row_s=1e-9, token_s=1e-9, block_s=1e-9)
+    scheduler = build_scheduler(config, num_blocks=num_blocks, num_host_blocks=0, costs=costs)
+    serve(served, scheduler, runner, address, seconds_per_token=step_s)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mini_infer.sampling_params import (
 )
 
 from mini_infer_engine.generation_config import read_generation_defaults
-from mini_infer_engine.model_config import ModelConfig, model_fingerprint, read_model_config
+from mini_infer_engine.model_config import ModelConfig, model_fingerprint
 from mini_infer_engine.sequence import Sequence, StreamKey
 
 
@@ -43,21 +43,34 @@ class ServedModel:
     fingerprint: str
     tokenizer_hash: str
 
-    def sequence(
+    def sequences(
         self,
-        key: StreamKey,
+        keys: Seq[StreamKey],
         prompt_ids: Seq[int],
         sampling: ResolvedSampling,
         *,
         output_ids: Seq[int] = (),
         deadline: float | None = None,
-    ) -> Sequence:
-        """Makes a sequence of a request, checked once more: the sender may be wrong.
+        priority: int = 0,
+        cache_scope: tuple[str, ...] = (),
+    ) -> list[Sequence]:
+        """Makes the sequences of a request, checked once more: the sender may be wrong.
+
+        Args:
+            keys: One a sequence; the first is the parent of the others.
+            prompt_ids: Of all of them.
+            sampling: Of the first; the seed of each later one is greater by one.
+            output_ids: Output that exists already; of a single sequence.
+            deadline: Monotonic time at which they end, or None.
+            priority: Their class.
+            cache_scope: What must be equal, beside the text, where prefixes are shared.
 
         Raises:
             MiniInferError: INVALID_FIELD or CONTEXT_LENGTH_EXCEEDED.
         """
         problem = self._problem(prompt_ids, output_ids, sampling)
+        if len(keys) > 1 and output_ids:
+            problem = "expected no resumed tokens of several sequences at once"
         if problem:
             raise MiniInferError(ErrorReason.INVALID_FIELD, problem)
         if len(prompt_ids) + sampling.max_tokens > self.max_model_len:
@@ -66,15 +79,24 @@ class ServedModel:
                 f"the context holds {self.max_model_len} tokens, got {len(prompt_ids)} prompt "
                 f"tokens and {sampling.max_tokens} max_tokens",
             )
-        return Sequence(
-            key,
-            prompt_ids,
-            sampling,
-            eos_token_ids=self.config.eos_token_ids,
-            output_ids=output_ids,
-            deadline=deadline,
-            turning_point=self.config.turning_point,
-        )
+        if len(prompt_ids) > self.config.max_plain_prompt:
+            cache_scope = (*cache_scope, str(len(prompt_ids)))
+        made: list[Sequence] = []
+        for index, key in enumerate(keys):
+            sequence = Sequence(
+                key,
+                prompt_ids,
+                sampling.of_choice(index),
+                eos_token_ids=self.config.eos_token_ids,
+                output_ids=output_ids,
+                deadline=deadline,
+                priority=priority,
+                turning_point=self.config.turning_point,
+                cache_scope=cache_scope,
+                parent=made[0] if made else None,
+            )
+            made.append(sequence)
+        return made
 
     def _problem(
         self, prompt_ids: Seq[int], output_ids: Seq[int], sampling: ResolvedSampling
@@ -114,18 +136,18 @@ class ServedModel:
         )
 
 
-def read_served_model(config: EngineConfig, dtype: str) -> ServedModel:
+def read_served_model(config: EngineConfig, model_config: ModelConfig, dtype: str) -> ServedModel:
     """Reads everything but the weights.
 
     Args:
         config: Names the model folder and the limits.
+        model_config: What the folder's config.json says.
         dtype: What the weights will run as.
 
     Raises:
         ConfigError: Where the folder is not usable or `max_model_len` is beyond the model.
     """
     folder = config.model_folder
-    model_config = read_model_config(folder)
     longest = model_config.max_context
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(

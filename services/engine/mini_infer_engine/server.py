@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import time
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 import structlog
 from mini_infer.config import EngineConfig
 
-from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.gateway_sessions import GatewaySessions
 from mini_infer_engine.inbox import Inbox
 from mini_infer_engine.loop import EngineLoop, Runner
@@ -48,9 +48,12 @@ def run(
     # The gateway and the tokenizer need the cores as well.
     with loading or nullcontext() as on_progress:
         engine = build_engine(config, on_progress, small_model_threads=1)
+    # What is there now stays: the collector need not look at it between steps.
+    gc.collect()
+    gc.freeze()
+    log.info("KV cache", **engine.cache_size.summary(engine.served.max_model_len))
     serve(
         engine.served,
-        engine.pool,
         engine.scheduler,
         engine.runner,
         address,
@@ -61,7 +64,6 @@ def run(
 
 def serve(
     served: ServedModel,
-    pool: BlockPool,
     scheduler: Scheduler,
     runner: Runner,
     address: str,
@@ -73,7 +75,6 @@ def serve(
 
     Args:
         served: The model as clients know it.
-        pool: The blocks.
         scheduler: The queues, idle.
         runner: Whatever makes tokens.
         address: Where to listen for gateways, `ipc://`.
@@ -84,14 +85,13 @@ def serve(
     welcome = served.welcome(
         engine_id=f"engine-{os.getpid()}",
         epoch=epoch,
-        num_blocks=pool.num_blocks,
-        block_size=pool.block_size,
+        num_blocks=scheduler.blocks.pool.num_blocks,
+        block_size=scheduler.blocks.pool.block_size,
     )
     inbox, outbox = Inbox(), Outbox()
     sessions = GatewaySessions(address, welcome, inbox, outbox)
     loop = EngineLoop(
         served,
-        pool,
         scheduler,
         runner,
         inbox,
@@ -102,7 +102,9 @@ def serve(
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: loop.stop())
     sessions.start()
-    log.info("ready", model=served.name, address=address, kv_blocks=pool.num_blocks)
+    log.info(
+        "ready", model=served.name, address=address, kv_blocks=scheduler.blocks.pool.num_blocks
+    )
     if on_ready:
         on_ready()
     loop.run()

@@ -1,23 +1,43 @@
-"""Steps that run before the engine serves: what the largest batch takes, and how long a token.
+"""Steps that run before the engine serves: what memory the largest takes, and how long they take.
 
-They go through the real scheduler and runner, with blocks of a pool of their own.
+They name the cache's first blocks, which nobody uses yet.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import torch
 from mini_infer.sampling_params import ResolvedSampling
 
 from mini_infer_engine.batch import ScheduledBatch
-from mini_infer_engine.block_pool import BlockPool
+from mini_infer_engine.block_manager import BlockTransfers
+from mini_infer_engine.captured_decode import decode_batch
 from mini_infer_engine.model_runner import ModelRunner
-from mini_infer_engine.scheduler import Scheduler, SchedulerLimits
+from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sequence import Sequence as EngineSequence
 from mini_infer_engine.sequence import StreamKey
 
 _TIMED_TOKENS = 64
+_TIMED_BLOCKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """How long parts of a step took in a trial, in seconds.
+
+    Attributes:
+        step_s: A step that decodes one row.
+        token_s: A token of a step that computes a prompt.
+        swapped_block_s: A block's way to the host's memory, or back; 0 where none can be swapped.
+    """
+
+    step_s: float
+    token_s: float
+    swapped_block_s: float
 
 
 def largest_prompts(max_num_seqs: int, max_num_batched_tokens: int, longest: int) -> list[int]:
@@ -39,37 +59,68 @@ def num_trial_blocks(prompt_lens: Sequence[int], block_size: int) -> int:
 
 def trial_batch(prompt_lens: Sequence[int], block_size: int) -> ScheduledBatch:
     """The step that computes these prompts at once and samples a token for each."""
-    pool = BlockPool(num_trial_blocks(prompt_lens, block_size), block_size)
-    limits = SchedulerLimits(
-        max_num_seqs=len(prompt_lens),
-        max_num_batched_tokens=sum(prompt_lens),
-        max_queued_requests=len(prompt_lens),
-    )
-    scheduler = Scheduler(pool, limits)
-    for sequence in _sequences(prompt_lens):
-        scheduler.add(sequence)
-    return scheduler.schedule(0.0)
+    running = RunningBatch(len(prompt_lens))
+    # Not greedy, so that sampling takes what it can take.
+    sampling = ResolvedSampling(temperature=1.0, top_k=0, top_p=0.9, seed=0, max_tokens=1)
+    num_blocks = 0
+    for stream, length in enumerate(prompt_lens):
+        key = StreamKey(b"", stream)
+        sequence = EngineSequence(key, [0] * length, sampling, eos_token_ids=())
+        sequence.arrival_number = stream
+        first, num_blocks = num_blocks, num_blocks + num_trial_blocks([length], block_size)
+        sequence.block_table = list(range(first, num_blocks))
+        running.add(sequence)
+    decodes = [each for each in running if each.num_tokens == 1]
+    prefills = [(each, each.num_tokens) for each in running if each.num_tokens > 1]
+    return running.build(0, decodes, prefills, BlockTransfers())
 
 
-def seconds_per_token(runner: ModelRunner, longest: int) -> float:
-    """How long a token of a step takes, after a first step that pays for what is done once.
+def measure_step_times(runner: ModelRunner, longest: int) -> StepTimes:
+    """Runs small steps to see how long they take.
 
     Args:
-        runner: Its cache holds nothing yet.
+        runner: Its caches hold nothing yet.
         longest: Tokens that a prompt can have at most.
     """
     block_size = runner.cache.spec.block_size
     room = runner.cache.num_blocks * block_size - 1
     num_tokens = max(1, min(_TIMED_TOKENS, longest, room))
-    batch = trial_batch([num_tokens], block_size)
-    runner.run(batch)
-    started = time.perf_counter()
-    runner.run(batch)
-    return (time.perf_counter() - started) / num_tokens
+    prompt = trial_batch([num_tokens], block_size)
+    return StepTimes(
+        # Recorded steps are optimized while they run for the first and second time.
+        step_s=_seconds(runner, lambda: runner.run(decode_batch(1)), num_runs=4),
+        token_s=_seconds(runner, lambda: runner.run(prompt)) / num_tokens,
+        swapped_block_s=_seconds_per_swapped_block(runner),
+    )
 
 
-def _sequences(prompt_lens: Sequence[int]) -> Iterator[EngineSequence]:
-    # Not greedy, so that sampling takes what it can take.
-    sampling = ResolvedSampling(temperature=1.0, top_k=0, top_p=0.9, seed=0, max_tokens=1)
-    for stream, length in enumerate(prompt_lens):
-        yield EngineSequence(StreamKey(b"", stream), [0] * length, sampling, eos_token_ids=())
+def _seconds_per_swapped_block(runner: ModelRunner) -> float:
+    cache, host_cache = runner.cache, runner.host_cache
+    # Every other block of the host: copies of neighbours would be faster than most.
+    count = min(_TIMED_BLOCKS, cache.num_blocks, (host_cache.num_blocks + 1) // 2)
+    if not count:
+        return 0.0
+    pairs = np.stack((np.arange(count), 2 * np.arange(count)), axis=1)
+
+    def there_and_back() -> None:
+        host_cache.swap_out(cache, pairs)
+        host_cache.swap_in(cache, pairs[:, ::-1])
+
+    return _seconds(runner, there_and_back) / (2 * count)
+
+
+def _seconds(runner: ModelRunner, work: Callable[[], object], num_runs: int = 2) -> float:
+    """How long something takes at best: the first times pay for what is done once."""
+    durations = []
+    for _ in range(num_runs):
+        _wait_for(runner.cache.spec.device)
+        started = time.perf_counter()
+        work()
+        _wait_for(runner.cache.spec.device)
+        durations.append(time.perf_counter() - started)
+    return min(durations)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

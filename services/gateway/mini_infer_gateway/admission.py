@@ -8,35 +8,35 @@ from contextlib import contextmanager, suppress
 
 from mini_infer.errors import ErrorReason, MiniInferError
 
-from mini_infer_gateway.stream import Stream
+from mini_infer_gateway.choices import Choices
 
 
 class ActiveRequest:
     """A Generate call between admission and its end. Remembers an order that comes early."""
 
     def __init__(self) -> None:
-        """Begins without a stream: the prompt is not encoded yet."""
-        self._stream: Stream | None = None
-        self._order: Callable[[Stream], None] | None = None
+        """Begins without choices: the prompt is not encoded yet."""
+        self._choices: Choices | None = None
+        self._order: Callable[[Choices], None] | None = None
 
-    def attach(self, stream: Stream) -> None:
-        """Tells which stream runs the request."""
-        self._stream = stream
+    def attach(self, choices: Choices) -> None:
+        """Tells which streams run the request."""
+        self._choices = choices
         if self._order is not None:
-            self._order(stream)
+            self._order(choices)
 
     def abort(self) -> None:
         """Ends the request as soon as it can be ended."""
-        self._give(Stream.abort)
+        self._give(Choices.abort)
 
     def fail(self, error: MiniInferError) -> None:
         """Ends the request with an error as soon as it can be ended."""
-        self._give(lambda stream: stream.fail(error))
+        self._give(lambda choices: choices.fail(error))
 
-    def _give(self, order: Callable[[Stream], None]) -> None:
+    def _give(self, order: Callable[[Choices], None]) -> None:
         self._order = order
-        if self._stream is not None:
-            order(self._stream)
+        if self._choices is not None:
+            order(self._choices)
 
 
 class Admission:

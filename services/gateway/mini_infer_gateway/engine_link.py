@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import structlog
 from mini_infer.errors import ErrorReason, MiniInferError
@@ -33,6 +33,7 @@ from mini_infer.messages import (
 )
 
 from mini_infer_gateway.peer_socket import PeerSocket
+from mini_infer_gateway.request import ANONYMOUS
 from mini_infer_gateway.stream import EngineFinish, Stream
 
 _log = structlog.get_logger()
@@ -84,22 +85,31 @@ class EngineLink:
         """What the engine sent and was not used, by cause."""
         return self._socket.dropped
 
-    def submit(self, stream: Stream) -> None:
-        """Gives the stream to the engine.
+    def submit(self, streams: Sequence[Stream]) -> None:
+        """Gives all choices of a request, none of which has output yet, to the engine.
+
+        Args:
+            streams: By choice index; at least one.
 
         Raises:
             MiniInferError: ENGINE_LOST where the engine is away.
         """
+        first, *siblings = streams
+        request = first.request
         submit = Submit(
-            stream=stream.number,
-            prompt_ids=stream.prompt_ids,
-            output_ids=stream.output_ids,
-            sampling=stream.sampling,
-            budget_ms=stream.budget_ms(),
+            stream=first.number,
+            prompt_ids=request.prompt_ids,
+            output_ids=[],
+            sampling=request.sampling,
+            budget_ms=request.budget_ms(),
+            priority=request.priority,
+            principal=ANONYMOUS,
+            cache_salt=request.cache_salt,
+            siblings=[each.number for each in siblings],
         )
         if self.welcome is None or not self._socket.send(submit):
             raise _engine_lost("the engine is not connected")
-        self._streams[stream.number] = stream
+        self._streams.update((each.number, each) for each in streams)
 
     def abort(self, stream: Stream) -> None:
         """Asks the engine to end the stream and to say so."""
@@ -150,8 +160,8 @@ class EngineLink:
                 self._on_step(message)
             case EngineBeat():
                 self._on_beat(message)
-            case Refused(number, reason, text, metadata):
-                self._on_refused(number, MiniInferError(reason, text, metadata))
+            case Refused(number, reason, text, metadata, retry_after_s):
+                self._on_refused(number, MiniInferError(reason, text, metadata, retry_after_s))
             case Accepted() | HelloNeeded():
                 pass
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import secrets
 
-import grpc
-from mini_infer.errors import ErrorReason, FieldViolation, InvalidRequestError, MiniInferError
-from mini_infer.v1.generate_pb2 import GenerateRequest, GenerateResponse
+from mini_infer.errors import FieldViolation, InvalidRequestError, MiniInferError
+from mini_infer.v1.generate_pb2 import GenerateRequest
 
 from mini_infer_gateway.admission import Admission
-from mini_infer_gateway.mailbox import Ending, Mailbox
+from mini_infer_gateway.choices import Choices, call_accounting
+from mini_infer_gateway.client_stream import ClientStream, Context
+from mini_infer_gateway.mailbox import Ending, Parcel
 from mini_infer_gateway.peers import Peers
-from mini_infer_gateway.request import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
+from mini_infer_gateway.request import (
+    ChatPrompt,
+    EncodedRequest,
+    GenerationRequest,
+    TextPrompt,
+    TokenPrompt,
+)
 from mini_infer_gateway.request_log import RequestLine
-from mini_infer_gateway.stream import Stream, TextOptions
 from mini_infer_gateway.validation import check_generate
 from mini_infer_gateway.wire import ResponseWriter, accounting_metadata
-
-Context = grpc.aio.ServicerContext[GenerateRequest, GenerateResponse]
 
 SEED_BITS = 64
 
@@ -50,7 +54,7 @@ class GenerateCall:
     async def run(self, message: GenerateRequest, context: Context, line: RequestLine) -> None:
         """Serves one call.
 
-        The stream is freed in `finally`, at once and whatever happens: cancellation and deadline
+        Its streams are freed in `finally`, at once and whatever happens: cancellation and deadline
         arrive as exceptions of several kinds.
 
         Args:
@@ -68,14 +72,14 @@ class GenerateCall:
         with self._admission.admit(request.request_id) as active:
             prompt_ids = await self._encode(request.prompt, model.vocab_size)
             line.num_prompt_tokens = len(prompt_ids)
-            stream = self._make_stream(request, prompt_ids, context.time_remaining())
+            choices = self._make_choices(request, prompt_ids, context.time_remaining())
             try:
-                stream.open()
-                active.attach(stream)
-                await self._deliver(request, stream, context, line)
+                choices.open()
+                active.attach(choices)
+                await self._deliver(request.request_id, choices, context, line)
             finally:
-                line.num_output_tokens = stream.num_released
-                stream.close()
+                line.num_output_tokens = choices.num_released
+                choices.close()
 
     async def _encode(
         self, prompt: TextPrompt | ChatPrompt | TokenPrompt, vocab_size: int
@@ -94,108 +98,71 @@ class GenerateCall:
         field = "text" if isinstance(prompt, TextPrompt) else "chat"
         raise InvalidRequestError([FieldViolation(field, problem)])
 
-    def _make_stream(
+    def _make_choices(
         self, request: GenerationRequest, prompt_ids: list[int], time_remaining_s: float | None
-    ) -> Stream:
+    ) -> Choices:
         engine = self._peers.route(request)
         model = self._peers.model().engine
-        params = request.params
-        sampling = params.resolve(
+        sampling = request.params.resolve(
             model.defaults,
             num_prompt_tokens=len(prompt_ids),
             max_model_len=model.max_model_len,
             seed=secrets.randbits(SEED_BITS),
         )
-        text_options = None
-        if params.stop or not request.ids_only:
-            text_options = TextOptions(
-                stop=params.stop_strings,
-                skip_special_tokens=params.skip_special_tokens,
-                include_stop_str_in_output=params.include_stop_str_in_output,
-                min_tokens=sampling.min_tokens,
-                ids_only=request.ids_only,
-            )
         deadline = None
         if time_remaining_s is not None:
             deadline = asyncio.get_running_loop().time() + time_remaining_s
-        return Stream(
-            number=self._peers.next_stream_number(),
+        encoded = EncodedRequest(
             prompt_ids=prompt_ids,
             sampling=sampling,
+            num_choices=request.params.n,
+            text_options=request.text_options(sampling.min_tokens),
+            stream_interval=request.stream_interval,
+            priority=request.priority,
+            cache_salt=request.cache_salt,
             deadline=deadline,
-            text_options=text_options,
-            mailbox=Mailbox(request.stream_interval),
+        )
+        return Choices(
+            encoded,
             engine=engine,
             text=self._peers.tokenizer(),
+            next_number=self._peers.next_stream_number,
         )
 
     async def _deliver(
-        self, request: GenerationRequest, stream: Stream, context: Context, line: RequestLine
+        self, request_id: str, choices: Choices, context: Context, line: RequestLine
     ) -> None:
-        """Writes what the mailbox gives, until the end of the stream.
+        """Writes what the mailbox gives, until every choice has ended or one has failed.
 
-        Headers leave when there is something to write: a call without headers can be retried. And
-        not with the first message: grpc.aio could not end the call if that were never read.
+        An error comes behind what all choices have released.
         """
-        writer = ResponseWriter(request.request_id, len(stream.prompt_ids), stream.sampling.seed)
-        parcel = await stream.mailbox.take()
-        if isinstance(parcel.end, MiniInferError):
-            raise parcel.end
-        await context.send_initial_metadata(())
-        while True:
-            if parcel.token_ids:
-                await self._write(context, writer.delta(parcel.text, parcel.token_ids))
-                line.first_token_sent()
+        request = choices.request
+        client = ClientStream(context, self._write_stall_s)
+        writer = ResponseWriter(request_id, len(request.prompt_ids), request.sampling.seed)
+        endings: dict[int, Ending] = {}
+        while len(endings) < request.num_choices:
+            parcel = await choices.mailbox.take()
             if isinstance(parcel.end, MiniInferError):
+                choices.close()
+                for each in (parcel, *choices.mailbox.take_rest()):
+                    await _write_parcel(each, writer, client, line)
                 raise parcel.end
+            await _write_parcel(parcel, writer, client, line)
             if parcel.end is not None:
-                await self._finish(parcel.end, writer, context)
-                return
-            parcel = await stream.mailbox.take()
-
-    async def _finish(self, ending: Ending, writer: ResponseWriter, context: Context) -> None:
-        await self._write(context, writer.choice_finished(ending))
-        if ending.accounting is not None:
-            context.set_trailing_metadata(accounting_metadata(ending.accounting))
-        await self._write(context, writer.finished(ending))
-
-    async def _write(self, context: Context, response: GenerateResponse) -> None:
-        """Writes one message.
-
-        Raises:
-            MiniInferError: SLOW_CONSUMER where the client does not read it in time.
-        """
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("calls are served by tasks")
-        stall = _Stall(task)
-        timer = asyncio.get_running_loop().call_later(self._write_stall_s, stall.strike)
-        try:
-            await context.write(response)
-        except asyncio.CancelledError:
-            if not stall.has_struck:
-                raise
-            raise MiniInferError(
-                ErrorReason.SLOW_CONSUMER,
-                f"nothing was read for {self._write_stall_s:g} s: read the stream as it is made",
-            ) from None
-        finally:
-            timer.cancel()
+                endings[parcel.choice_index] = parcel.end
+        in_order = [ending for _, ending in sorted(endings.items())]
+        accounting = call_accounting(in_order)
+        if accounting is not None:
+            context.set_trailing_metadata(accounting_metadata(accounting))
+        await client.write(writer.finished(in_order))
 
 
-class _Stall:
-    """Interrupts a task's write, and knows that it did.
-
-    A timer of the loop, because a timeout context (or `asyncio.wait_for`) for every message costs
-    as much as the message.
-    """
-
-    __slots__ = ("_task", "has_struck")
-
-    def __init__(self, task: asyncio.Task[object]) -> None:
-        self._task = task
-        self.has_struck = False
-
-    def strike(self) -> None:
-        self.has_struck = True
-        self._task.cancel()
+async def _write_parcel(
+    parcel: Parcel, writer: ResponseWriter, client: ClientStream, line: RequestLine
+) -> None:
+    index = parcel.choice_index
+    if parcel.token_ids:
+        await client.write(writer.delta(index, parcel.text, parcel.token_ids))
+        line.first_token_sent()
+    if isinstance(parcel.end, Ending):
+        await client.write(writer.choice_finished(index, parcel.end))

@@ -21,7 +21,8 @@ from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 from mini_infer_gateway import status, wire
 from mini_infer_gateway.admission import Admission
-from mini_infer_gateway.generate import Context, GenerateCall
+from mini_infer_gateway.client_stream import Context
+from mini_infer_gateway.generate import GenerateCall
 from mini_infer_gateway.peers import Peers
 from mini_infer_gateway.request_log import RequestLine
 from mini_infer_gateway.validation import check_abort, check_detokenize, check_tokenize

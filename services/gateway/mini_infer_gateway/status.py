@@ -36,6 +36,7 @@ CODES = {
     ErrorReason.QUEUE_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorReason.KV_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorReason.SLOW_CONSUMER: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ErrorReason.DEADLINE_UNREACHABLE: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorReason.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
     ErrorReason.ENGINE_STARTING: grpc.StatusCode.UNAVAILABLE,
     ErrorReason.ENGINE_LOST: grpc.StatusCode.UNAVAILABLE,
@@ -47,13 +48,15 @@ CODES = {
 }
 RETRY_AFTER_S = {
     ErrorReason.QUEUE_FULL: 1.0,
+    ErrorReason.DEADLINE_UNREACHABLE: 1.0,
     ErrorReason.ENGINE_STARTING: 2.0,
     ErrorReason.ENGINE_LOST: 2.0,
     ErrorReason.TOKENIZER_LOST: 2.0,
     ErrorReason.DRAINING: 1.0,
 }
-"""When trying again can help. Overload also pushes back on the retries of gRPC itself."""
-_PUSHBACK = frozenset({ErrorReason.QUEUE_FULL})
+"""When trying again can help, where the error itself does not say so."""
+_PUSHBACK = frozenset({ErrorReason.QUEUE_FULL, ErrorReason.DEADLINE_UNREACHABLE})
+"""Overload, which also pushes back on the retries of gRPC itself."""
 
 
 async def abort(
@@ -64,8 +67,9 @@ async def abort(
     metadata: list[tuple[str, str | bytes]] = [
         ("grpc-status-details-bin", status.SerializeToString())
     ]
-    if error.reason in _PUSHBACK:
-        pushback_ms = math.ceil(RETRY_AFTER_S[error.reason] * 1000)
+    retry_after_s = _retry_after_s(error)
+    if error.reason in _PUSHBACK and retry_after_s is not None:
+        pushback_ms = math.ceil(retry_after_s * 1000)
         metadata.append(("grpc-retry-pushback-ms", str(pushback_ms)))
     await context.abort(CODES[error.reason], status.message, tuple(metadata))
     raise AssertionError("context.abort always raises")
@@ -87,15 +91,22 @@ def to_status(error: MiniInferError) -> status_pb2.Status:
     ]
     if isinstance(error, InvalidRequestError):
         details.append(_bad_request(error))
-    if error.reason in RETRY_AFTER_S:
+    retry_after_s = _retry_after_s(error)
+    if retry_after_s is not None:
         delay = Duration()
-        delay.FromNanoseconds(round(RETRY_AFTER_S[error.reason] * 1e9))
+        delay.FromNanoseconds(round(retry_after_s * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     for detail in details:
         packed = Any()
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def _retry_after_s(error: MiniInferError) -> float | None:
+    if error.retry_after_s is not None:
+        return error.retry_after_s
+    return RETRY_AFTER_S.get(error.reason)
 
 
 def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:

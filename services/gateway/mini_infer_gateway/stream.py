@@ -8,20 +8,14 @@ released when their text is known (`release`), and leave through the mailbox.
 from __future__ import annotations
 
 import asyncio
-import math
 from dataclasses import dataclass
 from typing import Protocol
 
 from mini_infer.errors import ErrorReason, MiniInferError
-from mini_infer.messages import (
-    NO_BUDGET,
-    NO_STOP_TOKEN,
-    FinishAccounting,
-    FinishCode,
-)
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.messages import NO_STOP_TOKEN, FinishAccounting, FinishCode
 
 from mini_infer_gateway.mailbox import Ending, EndReason, Mailbox
+from mini_infer_gateway.request import EncodedRequest, TextOptions
 
 _END_REASONS = {
     FinishCode.STOP_TOKEN: EndReason.STOP,
@@ -32,17 +26,6 @@ _END_REASONS = {
 
 ACCOUNTING_PATIENCE_S = 1.0
 """How long the end of a stream that a stop string ended waits for the engine's accounting."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextOptions:
-    """How a stream's ids become text. `ids_only` asks for stop strings without text."""
-
-    stop: tuple[str, ...]
-    skip_special_tokens: bool
-    include_stop_str_in_output: bool
-    min_tokens: int
-    ids_only: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +39,6 @@ class EngineFinish:
 
 class EngineSide(Protocol):
     """What a stream asks of its engine's link."""
-
-    def submit(self, stream: Stream) -> None:
-        """Gives the stream to the engine."""
 
     def abort(self, stream: Stream) -> None:
         """Asks the engine to end the stream and to say so."""
@@ -81,26 +61,22 @@ class TextSide(Protocol):
 
 
 class Stream:
-    """One choice of one request, from `open` until `close`.
+    """One choice of one request, from `open_text` until `close`.
 
     Attributes:
         number: Unique per gateway, 32 bits.
-        prompt_ids: The encoded prompt.
-        sampling: Parameters with every default applied, the seed among them.
+        request: What it has in common with the other choices.
         output_ids: Ids received from the engine, delivered or not.
         num_released: How many of them went into the mailbox.
         finish: The engine's last word, once it came.
-        mailbox: What waits for the client.
     """
 
     def __init__(
         self,
         *,
         number: int,
-        prompt_ids: list[int],
-        sampling: ResolvedSampling,
-        deadline: float | None,
-        text_options: TextOptions | None,
+        choice_index: int,
+        request: EncodedRequest,
         mailbox: Mailbox,
         engine: EngineSide,
         text: TextSide,
@@ -109,43 +85,28 @@ class Stream:
 
         Args:
             number: Unique per gateway, 32 bits.
-            prompt_ids: The encoded prompt.
-            sampling: Parameters with every default applied.
-            deadline: On the loop's clock, in seconds, or None.
-            text_options: None where neither text nor stop strings are wanted.
+            choice_index: Which choice of the request it is.
+            request: What it has in common with the other choices.
             mailbox: Where the output goes.
             engine: The link of the engine that runs it.
             text: The link of the tokenizer process that makes its text.
         """
         self.number = number
-        self.prompt_ids = prompt_ids
-        self.sampling = sampling
-        self.mailbox = mailbox
+        self.request = request
         self.output_ids: list[int] = []
         self.num_released = 0
         self.finish: EngineFinish | None = None
-        self._deadline = deadline
-        self._text_options = text_options
+        self._choice_index = choice_index
+        self._mailbox = mailbox
         self._stop_string: str | None = None  # The one that was matched.
         self._patience: asyncio.TimerHandle | None = None
         self._engine = engine
         self._text = text
 
-    def open(self) -> None:
-        """Introduces the stream to tokenizer and engine.
-
-        Raises:
-            MiniInferError: UNAVAILABLE kinds, where the engine cannot take it.
-        """
-        if self._text_options is not None:
-            self._text.open(self, self._text_options)
-        self._engine.submit(self)
-
-    def budget_ms(self) -> int:
-        """Milliseconds until the deadline, at least 0, or `NO_BUDGET`."""
-        if self._deadline is None:
-            return NO_BUDGET
-        return max(0, math.floor((self._deadline - asyncio.get_running_loop().time()) * 1000))
+    def open_text(self) -> None:
+        """Introduces the stream to the tokenizer, where it is needed."""
+        if self.request.text_options is not None:
+            self._text.open(self, self.request.text_options)
 
     def extend(self, token_ids: list[int], finish: EngineFinish | None) -> None:
         """Takes ids that follow `output_ids`, and the engine's last word where it came."""
@@ -155,9 +116,7 @@ class Stream:
         if self._stop_string is not None:
             if finish is not None:
                 self._end(EndReason.STOP)
-        elif finish is not None and finish.code is FinishCode.DEADLINE:
-            self.fail(MiniInferError(ErrorReason.DEADLINE, "the request's deadline has passed"))
-        elif self._text_options is None:
+        elif self.request.text_options is None:
             self.release(len(token_ids), "", -1)
         else:
             self._text.feed(self, start)
@@ -175,18 +134,15 @@ class Stream:
         start, end = self.num_released, self.num_released + num_ids
         self.num_released = end
         try:
-            self.mailbox.put(text, self.output_ids[start:end])
+            self._mailbox.put(self._choice_index, text, self.output_ids[start:end])
         except MiniInferError as error:
             self.fail(error)
             return
-        if stop_index >= 0 and self._text_options is not None:
-            self._stop_at(self._text_options.stop[stop_index])
+        options = self.request.text_options
+        if stop_index >= 0 and options is not None:
+            self._stop_at(options.stop[stop_index])
         elif self.finish is not None and end == len(self.output_ids):
-            matched = self.finish.stop_token_id
-            self._end(
-                _END_REASONS[self.finish.code],
-                stop_token_id=None if matched == NO_STOP_TOKEN else matched,
-            )
+            self._end_as(self.finish)
 
     def abort(self) -> None:
         """Asks for an early end, which the engine confirms with its last row."""
@@ -200,7 +156,7 @@ class Stream:
         if self._stop_string is not None:
             self._end(EndReason.STOP)
             return
-        self.mailbox.end(error)
+        self._mailbox.end(self._choice_index, error)
         self.close()
 
     def close(self) -> None:
@@ -219,11 +175,19 @@ class Stream:
         if self.finish is not None:
             self._end(EndReason.STOP)
             return
-        self.mailbox.flush()
+        self._mailbox.flush(self._choice_index)
         self._text.forget(self)
         self._engine.abort(self)
         loop = asyncio.get_running_loop()
         self._patience = loop.call_later(ACCOUNTING_PATIENCE_S, self._end, EndReason.STOP)
+
+    def _end_as(self, finish: EngineFinish) -> None:
+        """Ends the stream for the engine's reason, behind the last id and its text."""
+        if finish.code is FinishCode.DEADLINE:
+            self.fail(MiniInferError(ErrorReason.DEADLINE, "the request's deadline has passed"))
+            return
+        matched = finish.stop_token_id
+        self._end(_END_REASONS[finish.code], None if matched == NO_STOP_TOKEN else matched)
 
     def _end(self, reason: EndReason, stop_token_id: int | None = None) -> None:
         ending = Ending(
@@ -233,5 +197,5 @@ class Stream:
             stop_token_id=stop_token_id,
             accounting=self.finish.accounting if self.finish else None,
         )
-        self.mailbox.end(ending)
+        self._mailbox.end(self._choice_index, ending)
         self.close()

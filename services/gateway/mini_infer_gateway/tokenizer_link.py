@@ -41,8 +41,8 @@ from mini_infer.messages import (
 )
 
 from mini_infer_gateway.peer_socket import PeerSocket
-from mini_infer_gateway.request import ChatPrompt, TextPrompt
-from mini_infer_gateway.stream import Stream, TextOptions
+from mini_infer_gateway.request import ChatPrompt, TextOptions, TextPrompt
+from mini_infer_gateway.stream import Stream
 
 _log = structlog.get_logger()
 

@@ -34,6 +34,8 @@ SUPPORTED_FIELDS = frozenset(
         "GenerateRequest.chat",
         "GenerateRequest.model",
         "GenerateRequest.request_id",
+        "GenerateRequest.priority",
+        "GenerateRequest.cache_salt",
         "GenerateRequest.sampling",
         "GenerateRequest.stopping",
         "GenerateRequest.output",
@@ -63,6 +65,7 @@ SUPPORTED_FIELDS = frozenset(
         "SamplingOptions.top_k",
         "SamplingOptions.top_p",
         "SamplingOptions.seed",
+        "SamplingOptions.n",
         "StoppingOptions.max_tokens",
         "StoppingOptions.min_tokens",
         "StoppingOptions.stop",
@@ -82,18 +85,18 @@ SUPPORTED_FIELDS = frozenset(
 )
 UNSUPPORTED_FIELDS = {
     "GenerateRequest.adapter": ErrorReason.FIELD_NOT_SUPPORTED,
-    "GenerateRequest.priority": ErrorReason.FIELD_NOT_SUPPORTED,
-    "GenerateRequest.cache_salt": ErrorReason.FIELD_NOT_SUPPORTED,
     "GenerateRequest.structured_output": ErrorReason.FIELD_NOT_SUPPORTED,
     "ContentPart.image_url": ErrorReason.UNSUPPORTED_MODALITY,
     "ContentPart.audio_url": ErrorReason.UNSUPPORTED_MODALITY,
-    "SamplingOptions.n": ErrorReason.FIELD_NOT_SUPPORTED,
     "OutputOptions.logprobs": ErrorReason.FIELD_NOT_SUPPORTED,
     "OutputOptions.prompt_logprobs": ErrorReason.FIELD_NOT_SUPPORTED,
 }
 """A message type that stands here as a field is refused as a whole."""
 
 MAX_STREAM_INTERVAL = 1024
+MAX_PRIORITY = 100
+"""And the negative of the least one."""
+MAX_CACHE_SALT_BYTES = 128
 MAX_DECODED_IDS = 2**20
 """Of a Detokenize call."""
 MAX_LISTED_TOKEN_IDS = 8
@@ -111,12 +114,7 @@ def check_generate(
             CONTEXT_LENGTH_EXCEEDED where there are too many ids.
         InvalidRequestError: With every violation.
     """
-    if message.model and message.model != model.model:
-        raise MiniInferError(
-            ErrorReason.MODEL_NOT_FOUND,
-            f"expected model {model.model}, got {message.model[:128]}",
-            {"model": message.model[:128], "served": model.model},
-        )
+    _check_model(message.model, model)
     stopping = message.stopping
     _check_lists(
         ("stopping.stop", len(stopping.stop), MAX_STOP_STRINGS, "strings"),
@@ -131,26 +129,22 @@ def check_generate(
             model.defaults, num_prompt_tokens=num_ids, max_model_len=max_model_len, seed=0
         )
     prompt = wire.read_prompt(message)
-    request_id = wire.optional_field(message, "request_id")
-    stream_interval = wire.optional_field(message.output, "stream_interval", 1)
     violations = [
         *_unsupported_fields(message),
         *_prompt_violations(prompt, message, model.vocab_size, max_prompt_bytes),
         *params.violations(model.vocab_size),
+        *_option_violations(message),
     ]
-    if request_id is not None:
-        violations += _request_id_violations(request_id)
-    if not 1 <= stream_interval <= MAX_STREAM_INTERVAL:
-        expected = f"expected 1 to {MAX_STREAM_INTERVAL}, got {stream_interval}"
-        violations.append(FieldViolation("output.stream_interval", expected))
     if violations or prompt is None:
         raise InvalidRequestError(violations)
     return GenerationRequest(
-        request_id=uuid.uuid4().hex if request_id is None else request_id,
+        request_id=wire.optional_field(message, "request_id", uuid.uuid4().hex),
         prompt=prompt,
         params=params,
         ids_only=message.output.ids_only,
-        stream_interval=stream_interval,
+        stream_interval=wire.optional_field(message.output, "stream_interval", 1),
+        priority=message.priority,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -203,6 +197,15 @@ def check_abort(message: inference_service_pb2.AbortRequest) -> str:
     if violations:
         raise InvalidRequestError(violations)
     return message.request_id
+
+
+def _check_model(name: str, model: EngineWelcome) -> None:
+    if name and name != model.model:
+        raise MiniInferError(
+            ErrorReason.MODEL_NOT_FOUND,
+            f"expected model {model.model}, got {name[:128]}",
+            {"model": name[:128], "served": model.model},
+        )
 
 
 def _check_lists(*lists: tuple[str, int, int, str]) -> None:
@@ -282,6 +285,25 @@ def _token_id_violations(
         )
         for index in islice(bad, MAX_LISTED_TOKEN_IDS)
     ]
+
+
+def _option_violations(message: generate_pb2.GenerateRequest) -> list[FieldViolation]:
+    """What is wrong with the fields that are neither prompt, sampling nor stopping."""
+    violations = []
+    if message.HasField("request_id"):
+        violations += _request_id_violations(message.request_id)
+    if not -MAX_PRIORITY <= message.priority <= MAX_PRIORITY:
+        expected = f"expected -{MAX_PRIORITY} to {MAX_PRIORITY}, got {message.priority}"
+        violations.append(FieldViolation("priority", expected))
+    num_bytes = len(message.cache_salt.encode())
+    if message.HasField("cache_salt") and not 1 <= num_bytes <= MAX_CACHE_SALT_BYTES:
+        expected = f"expected 1 to {MAX_CACHE_SALT_BYTES} bytes of UTF-8, got {num_bytes}"
+        violations.append(FieldViolation("cache_salt", expected))
+    stream_interval = wire.optional_field(message.output, "stream_interval", 1)
+    if not 1 <= stream_interval <= MAX_STREAM_INTERVAL:
+        expected = f"expected 1 to {MAX_STREAM_INTERVAL}, got {stream_interval}"
+        violations.append(FieldViolation("output.stream_interval", expected))
+    return violations
 
 
 def _request_id_violations(request_id: str) -> list[FieldViolation]:

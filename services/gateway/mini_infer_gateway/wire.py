@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from google.protobuf import struct_pb2
 from google.protobuf.message import Message
 from mini_infer.messages import (
@@ -147,6 +148,7 @@ def read_sampling_params(message: generate_pb2.GenerateRequest) -> SamplingParam
         temperature=optional_field(sampling, "temperature"),
         top_k=optional_field(sampling, "top_k"),
         top_p=optional_field(sampling, "top_p"),
+        n=optional_field(sampling, "n", 1),
         seed=optional_field(sampling, "seed"),
         max_tokens=optional_field(stopping, "max_tokens"),
         min_tokens=stopping.min_tokens,
@@ -174,27 +176,36 @@ class ResponseWriter:
         self._seed = seed
         self._seq = 0
 
-    def delta(self, text: str, token_ids: list[int]) -> generate_pb2.GenerateResponse:
-        """More output."""
-        return self._number(
-            generate_pb2.GenerateResponse(delta=generate_pb2.Delta(text=text, token_ids=token_ids))
-        )
+    def delta(
+        self, choice_index: int, text: str, token_ids: list[int]
+    ) -> generate_pb2.GenerateResponse:
+        """More output of a choice."""
+        delta = generate_pb2.Delta(text=text, token_ids=token_ids)
+        return self._number(generate_pb2.GenerateResponse(choice_index=choice_index, delta=delta))
 
-    def choice_finished(self, ending: Ending) -> generate_pb2.GenerateResponse:
-        """The end of the choice."""
+    def choice_finished(self, choice_index: int, ending: Ending) -> generate_pb2.GenerateResponse:
+        """The end of a choice."""
         finished = generate_pb2.ChoiceFinished(
             finish_reason=_FINISH_REASONS[ending.reason],
             num_output_tokens=ending.num_output_tokens,
             stop_string=ending.stop_string,
             stop_token_id=ending.stop_token_id,
         )
-        return self._number(generate_pb2.GenerateResponse(choice_finished=finished))
+        return self._number(
+            generate_pb2.GenerateResponse(choice_index=choice_index, choice_finished=finished)
+        )
 
-    def finished(self, ending: Ending) -> generate_pb2.GenerateResponse:
-        """The end of the call."""
+    def finished(self, endings: Sequence[Ending]) -> generate_pb2.GenerateResponse:
+        """The end of the call.
+
+        Args:
+            endings: By choice index.
+        """
+        accounting = endings[0].accounting
         usage = generate_pb2.Usage(
             num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=ending.num_output_tokens,
+            num_output_tokens=sum(each.num_output_tokens for each in endings),
+            num_cached_tokens=accounting.num_cached_tokens if accounting else 0,
         )
         finished = generate_pb2.Finished(usage=usage, seed=self._seed)
         return self._number(generate_pb2.GenerateResponse(finished=finished))
@@ -209,7 +220,7 @@ class ResponseWriter:
 
 
 def accounting_metadata(accounting: FinishAccounting) -> tuple[tuple[str, str], ...]:
-    """Where a stream's time went, as trailing metadata."""
+    """Where a call's time went, as trailing metadata."""
     return (
         ("mini-infer-queue-ms", f"{accounting.queue_ms:.3f}"),
         ("mini-infer-prefill-ms", f"{accounting.prefill_ms:.3f}"),
@@ -273,4 +284,9 @@ def _engine_info(
         info.num_waiting = beat.num_waiting
         info.num_used_blocks = beat.num_used_blocks
         info.num_preemptions = beat.num_preemptions
+        info.num_swapped = beat.num_swapped
+        info.num_cached_blocks = beat.num_cached_blocks
+        num_taken_blocks = beat.num_used_blocks + beat.num_cached_blocks
+        info.num_free_blocks = max(0, welcome.num_blocks - num_taken_blocks)
+        info.MergeFrom(inference_service_pb2.EngineInfo(**msgspec.structs.asdict(beat.counters)))
     return info

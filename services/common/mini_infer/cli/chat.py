@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mini_infer.client import Client
 
 
-@takes_sampling
+@takes_sampling(omit={"n"})
 def chat(
     sampling: dict[str, Any],
     address: Address = DEFAULT_ADDRESS,

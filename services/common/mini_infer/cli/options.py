@@ -18,7 +18,13 @@ import typer
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_UNITS = {"_s": "SECONDS", "_bytes": "BYTES", "_tokens": "TOKENS"}
+_UNITS = {
+    "_s": "SECONDS",
+    "_ms": "MILLISECONDS",
+    "_bytes": "BYTES",
+    "_gib": "GIB",
+    "_tokens": "TOKENS",
+}
 _METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
 
 

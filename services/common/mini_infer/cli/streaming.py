@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,19 +24,28 @@ CONNECT_TIMEOUT_S = 5.0
 Address = Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")]
 
 
-def takes_sampling(command: Callable[..., None]) -> Callable[..., None]:
+def takes_sampling(
+    *, omit: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command the fields of `SamplingParams` as options.
 
+    Args:
+        omit: Fields that are no options of the command.
+
     Returns:
-        A function for typer; the command gets the options that were given as its first argument.
+        A decorator that makes a function for typer; the command gets the options that were given
+        as its first argument.
     """
-    options = field_options(SamplingParams)
+    options = field_options(SamplingParams, omit)
 
-    def run(ctx: typer.Context, **arguments: Any) -> None:
-        sampling = take_given(ctx, arguments, options)
-        command(sampling, **arguments)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(ctx: typer.Context, **arguments: Any) -> None:
+            sampling = take_given(ctx, arguments, options)
+            command(sampling, **arguments)
 
-    return with_options(run, command, options)
+        return with_options(run, command, options)
+
+    return decorate
 
 
 @contextmanager
@@ -63,7 +72,7 @@ class StreamPrinter:
     """Prints one answer as it comes; make it when the request is sent.
 
     Attributes:
-        text: What was printed so far.
+        text: What was printed so far of the first completion.
         arrivals_s: When each chunk came, in seconds since the request.
     """
 
@@ -76,23 +85,30 @@ class StreamPrinter:
     def print(self, stream: GenerationStream) -> None:
         """Prints the chunks, and a line's end behind the last one.
 
+        Of several completions, each under its number, only the first one is printed as it comes.
+
         Raises:
             RequestFailed: As the server says.
         """
+        if len(stream.choices) > 1:
+            print("[0]")
         try:
             for chunk in stream:
                 self.arrivals_s.append(time.monotonic() - self._sent_at)
-                self.text += chunk.text
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
+                if chunk.choice_index == 0:
+                    self.text += chunk.text
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
         finally:
             print()
+        for index, choice in enumerate(stream.choices[1:], start=1):
+            print(f"[{index}]\n{choice.text}")
 
     def describe(self, stream: GenerationStream) -> str:
         """One line about the speed of a stream that was printed."""
         if not self.arrivals_s:
             return "no output"
-        num_tokens = len(stream.token_ids)
+        num_tokens = sum(len(choice.token_ids) for choice in stream.choices)
         parts = [
             f"TTFT {1000 * self.arrivals_s[0]:.0f} ms",
             f"{num_tokens / self.arrivals_s[-1]:.1f} tokens/s",

@@ -45,6 +45,11 @@ class Submit(Message, frozen=True, tag=10):
         output_ids: Output that exists already (the stream is resumed behind it); mostly empty.
         sampling: Everything about sampling and stopping.
         budget_ms: Milliseconds until the deadline, or `NO_BUDGET`.
+        priority: Its class; lower ones run first.
+        principal: Who asks; empty where clients are not told apart.
+        cache_salt: With the principal: who may share cached prefixes with it.
+        siblings: More streams that continue the same prompt, accepted or refused together with
+            it; the seed of the first is `sampling.seed + 1`, and so on, modulo 2**64.
     """
 
     stream: int
@@ -52,6 +57,10 @@ class Submit(Message, frozen=True, tag=10):
     output_ids: list[int]
     sampling: ResolvedSampling
     budget_ms: int = NO_BUDGET
+    priority: int = 0
+    principal: str = ""
+    cache_salt: str = ""
+    siblings: list[int] = msgspec.field(default_factory=list)
 
 
 class Abort(Message, frozen=True, tag=11):
@@ -76,12 +85,21 @@ class Accepted(Message, frozen=True, tag=20):
 
 
 class Refused(Message, frozen=True, tag=21):
-    """The stream ends without (further) output: refused at admission, or failed by itself."""
+    """The stream ends without (further) output: refused at admission, or failed by itself.
+
+    Attributes:
+        stream: Its number.
+        reason: The cause.
+        message: One sentence for a person.
+        metadata: Machine-readable details.
+        retry_after_s: Seconds after which trying again can help, or None for the usual ones.
+    """
 
     stream: int
     reason: ErrorReason
     message: str
     metadata: dict[str, str] = msgspec.field(default_factory=dict)
+    retry_after_s: float | None = None
 
 
 class FinishAccounting(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -132,6 +150,40 @@ class StepOutput(Message, frozen=True, tag=22):
     finished: list[FinishAccounting]
 
 
+class EngineCounters(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What the scheduler has decided since the engine's start.
+
+    Attributes:
+        num_prefill_tokens: Tokens computed of prompts, resumed outputs and recomputed ones.
+        num_decode_tokens: Output tokens made.
+        num_queried_tokens: Prompt tokens that were looked up in the prefix cache.
+        num_hit_tokens: Those among them that were there.
+        num_recomputes: Preemptions whose tokens had to be computed again.
+        num_swaps: Preemptions whose blocks went to the host's memory.
+        num_swapped_out_blocks: Blocks copied to the host's memory.
+        num_swapped_in_blocks: Blocks copied back.
+        num_copied_blocks: Blocks copied on the device for a sequence that shares a prompt.
+        num_evicted_blocks: Cached blocks that were given up for new tokens.
+        num_expired_waiting: Requests whose deadline passed before their first step.
+        num_expired_running: Requests whose deadline passed later.
+        refusals: Requests refused at admission, by `ErrorReason`.
+    """
+
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_recomputes: int = 0
+    num_swaps: int = 0
+    num_swapped_out_blocks: int = 0
+    num_swapped_in_blocks: int = 0
+    num_copied_blocks: int = 0
+    num_evicted_blocks: int = 0
+    num_expired_waiting: int = 0
+    num_expired_running: int = 0
+    refusals: dict[str, int] = {}
+
+
 class EngineBeat(Message, frozen=True, tag=23):
     """The engine loop turns.
 
@@ -140,9 +192,12 @@ class EngineBeat(Message, frozen=True, tag=23):
         num_steps: Steps that ran the model, so far.
         expected_step_ms: How long the step that begins now is expected to take.
         num_running: Sequences that take part in steps.
-        num_waiting: Sequences in the waiting queue.
-        num_used_blocks: Blocks that hold tokens.
+        num_waiting: Sequences that wait, swapped ones among them.
+        num_used_blocks: Blocks that sequences hold.
         num_preemptions: Preemptions so far.
+        num_swapped: Sequences that wait with their blocks in the host's memory.
+        num_cached_blocks: Blocks that no sequence holds and whose tokens can still be found.
+        counters: What the scheduler has decided so far.
     """
 
     epoch: int
@@ -152,6 +207,9 @@ class EngineBeat(Message, frozen=True, tag=23):
     num_waiting: int
     num_used_blocks: int
     num_preemptions: int
+    num_swapped: int = 0
+    num_cached_blocks: int = 0
+    counters: EngineCounters = EngineCounters()
 
 
 ToEngine = Hello | GatewayBeat | Submit | Abort

@@ -82,7 +82,14 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., num_active_requests: _Optional[int] = ..., draining: _Optional[bool] = ..., engines: _Optional[_Iterable[_Union[EngineInfo, _Mapping]]] = ...) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("engine_id", "ready", "epoch", "num_steps", "num_running", "num_waiting", "num_blocks", "num_used_blocks", "block_size", "num_preemptions")
+    __slots__ = ("engine_id", "ready", "epoch", "num_steps", "num_running", "num_waiting", "num_blocks", "num_used_blocks", "block_size", "num_preemptions", "num_swapped", "num_cached_blocks", "num_free_blocks", "num_prefill_tokens", "num_decode_tokens", "num_queried_tokens", "num_hit_tokens", "num_recomputes", "num_swaps", "num_evicted_blocks", "num_expired_waiting", "num_expired_running", "refusals", "num_swapped_out_blocks", "num_swapped_in_blocks", "num_copied_blocks")
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +100,22 @@ class EngineInfo(_message.Message):
     NUM_USED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SWAPPED_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUERIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RECOMPUTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_SWAPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPIRED_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPIRED_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SWAPPED_OUT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SWAPPED_IN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COPIED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     ready: bool
     epoch: int
@@ -103,7 +126,23 @@ class EngineInfo(_message.Message):
     num_used_blocks: int
     block_size: int
     num_preemptions: int
-    def __init__(self, engine_id: _Optional[str] = ..., ready: _Optional[bool] = ..., epoch: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_used_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ...) -> None: ...
+    num_swapped: int
+    num_cached_blocks: int
+    num_free_blocks: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_queried_tokens: int
+    num_hit_tokens: int
+    num_recomputes: int
+    num_swaps: int
+    num_evicted_blocks: int
+    num_expired_waiting: int
+    num_expired_running: int
+    refusals: _containers.ScalarMap[str, int]
+    num_swapped_out_blocks: int
+    num_swapped_in_blocks: int
+    num_copied_blocks: int
+    def __init__(self, engine_id: _Optional[str] = ..., ready: _Optional[bool] = ..., epoch: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_used_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_swapped: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., num_queried_tokens: _Optional[int] = ..., num_hit_tokens: _Optional[int] = ..., num_recomputes: _Optional[int] = ..., num_swaps: _Optional[int] = ..., num_evicted_blocks: _Optional[int] = ..., num_expired_waiting: _Optional[int] = ..., num_expired_running: _Optional[int] = ..., refusals: _Optional[_Mapping[str, int]] = ..., num_swapped_out_blocks: _Optional[int] = ..., num_swapped_in_blocks: _Optional[int] = ..., num_copied_blocks: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

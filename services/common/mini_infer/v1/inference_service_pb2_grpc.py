@@ -81,7 +81,10 @@ class InferenceServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Continues a prompt and streams the output as it is made.
+        """Continues a prompt and streams the output as it is made. The call's gRPC deadline is the
+        request's: where it passes, the call ends with DEADLINE_EXCEEDED / DEADLINE behind the output so
+        far; where the engine cannot meet it, the call is refused with RESOURCE_EXHAUSTED /
+        DEADLINE_UNREACHABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,7 +119,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a running Generate call, whose stream then finishes with FINISH_REASON_ABORTED.
+        """Ends a running Generate call, whose choices that run then finish with FINISH_REASON_ABORTED.
         NOT_FOUND / REQUEST_NOT_FOUND where no such request is running.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

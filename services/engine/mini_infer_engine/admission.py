@@ -1,0 +1,135 @@
+"""Which requests may queue: those that can be served, in time, behind those that wait already."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence as Seq
+
+from mini_infer.errors import ErrorReason, MiniInferError
+
+from mini_infer_engine.block_manager import BlockManager
+from mini_infer_engine.limits import SchedulerLimits, StepBudget
+from mini_infer_engine.running_batch import RunningBatch
+from mini_infer_engine.sequence import Sequence
+from mini_infer_engine.step_costs import CompletionRate, StepCosts
+from mini_infer_engine.waiting_queue import WaitingQueue
+
+
+class Admission:
+    """Checks requests against the queues, the blocks and the clock; changes none of them.
+
+    Attributes:
+        completions: How often sequences end, as the scheduler tells.
+        refusals: Requests refused so far, by reason.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        costs: StepCosts,
+        blocks: BlockManager,
+        waiting: WaitingQueue[Sequence],
+        running: RunningBatch,
+    ) -> None:
+        """Takes what it looks at."""
+        self.completions = CompletionRate()
+        self.refusals: Counter[ErrorReason] = Counter()
+        self._limits = limits
+        self._costs = costs
+        self._budget = StepBudget(limits, costs, blocks.pool.block_size)
+        self._blocks = blocks
+        self._waiting = waiting
+        self._running = running
+
+    def check(self, group: Seq[Sequence], now: float) -> None:
+        """Checks sequences that share a prompt; all of them may queue, or none.
+
+        Args:
+            group: At least one; equal but for their streams and seeds.
+            now: Monotonic time.
+
+        Raises:
+            MiniInferError: KV_EXHAUSTED, QUEUE_FULL or DEADLINE_UNREACHABLE.
+        """
+        try:
+            self._check_size(group[0])
+            self._check_queue(group)
+            self._check_deadline(group[0], now)
+        except MiniInferError as error:
+            self.refusals[error.reason] += 1
+            raise
+
+    def queue_problem(self, group: Seq[Sequence]) -> str | None:
+        """What keeps sequences that share a prompt from queueing now; None where nothing does.
+
+        An empty queue takes any request: one above the bounds could never get in otherwise.
+        """
+        num_waiting, num_tokens = len(self._waiting), self._waiting.num_tokens
+        max_requests, max_tokens = self._limits.max_queued_requests, self._limits.max_queued_tokens
+        if num_waiting and num_waiting + len(group) > max_requests:
+            return f"{num_waiting} of {max_requests} requests wait already"
+        num_new = sum(each.num_tokens for each in group)
+        if max_tokens is not None and num_waiting and num_tokens + num_new > max_tokens:
+            return f"{num_tokens} of {max_tokens} prompt tokens wait already"
+        return None
+
+    def first_token_s(self, sequence: Sequence) -> float:
+        """Seconds until a sequence that comes now is expected to have its first token.
+
+        Prompts before its own are computed while it waits for running sequences to end, whose
+        places or blocks it needs. Its own prompt follows, less what the cache knows of it.
+        """
+        running, pool = self._running, self._blocks.pool
+        num_before, num_tokens_before = self._waiting.num_tokens_before(sequence)
+        unfinished = sum(each.num_tokens - each.num_computed_tokens - 1 for each in running)
+        num_blocks = pool.blocks_for(num_tokens_before + sequence.num_tokens)
+        blocks_of_each = max(1.0, pool.num_used / max(1, len(running)))
+        num_ends = max(
+            num_before + 1 - running.num_free_slots,
+            math.ceil((num_blocks - pool.num_free) / blocks_of_each),
+            0,
+        )
+        return max(
+            self._prefill_s(num_tokens_before + unfinished),
+            self.completions.seconds_until(num_ends),
+        ) + self._prefill_s(sequence.num_tokens - self._blocks.num_cached_tokens(sequence))
+
+    def _prefill_s(self, num_tokens: int) -> float:
+        num_decodes = len(self._running)
+        per_step = max(1, self._budget.prefill_tokens(num_decodes))
+        return self._costs.prefill_seconds(num_tokens, per_step, num_decodes)
+
+    def _check_size(self, sequence: Sequence) -> None:
+        pool = self._blocks.pool
+        needed = pool.blocks_for(sequence.max_num_tokens)
+        if needed > pool.num_blocks:
+            raise MiniInferError(
+                ErrorReason.KV_EXHAUSTED,
+                f"prompt and max_tokens need {needed} blocks of the KV cache, which has "
+                f"{pool.num_blocks}: lower max_tokens or give the engine more memory",
+                {"limit": str(pool.num_blocks), "needed": str(needed)},
+            )
+
+    def _check_queue(self, group: Seq[Sequence]) -> None:
+        problem = self.queue_problem(group)
+        if problem:
+            wait_s = self.completions.seconds_until(len(group))
+            raise MiniInferError(
+                ErrorReason.QUEUE_FULL,
+                f"{problem}: try again later",
+                retry_after_s=max(1.0, wait_s),
+            )
+
+    def _check_deadline(self, sequence: Sequence, now: float) -> None:
+        if sequence.deadline is None or sequence.deadline <= now:
+            return  # one that has passed already ends as such in the next step
+        estimate_s, left_s = self.first_token_s(sequence), sequence.deadline - now
+        if estimate_s > left_s:
+            raise MiniInferError(
+                ErrorReason.DEADLINE_UNREACHABLE,
+                f"the first token is expected in {estimate_s:.3f} s, the deadline is in "
+                f"{left_s:.3f} s: try again later, or allow more time",
+                {"estimate_ms": f"{estimate_s * 1e3:.0f}", "budget_ms": f"{left_s * 1e3:.0f}"},
+                retry_after_s=estimate_s,
+            )

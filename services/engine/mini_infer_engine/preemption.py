@@ -1,0 +1,96 @@
+"""Who loses its blocks when they run out, and whether they are swapped or computed again."""
+
+from __future__ import annotations
+
+from mini_infer_engine.block_manager import BlockManager
+from mini_infer_engine.running_batch import RunningBatch
+from mini_infer_engine.sequence import Sequence, SequenceStatus
+from mini_infer_engine.step_costs import StepCosts
+from mini_infer_engine.waiting_queue import WaitingQueue, scheduling_key
+
+
+class Preemption:
+    """Moves running sequences back into the queue, the last in scheduling order first.
+
+    Attributes:
+        num_recomputes: Preemptions whose tokens are computed again.
+        num_swaps: Preemptions whose K and V went to the host's memory.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        costs: StepCosts,
+        running: RunningBatch,
+        waiting: WaitingQueue[Sequence],
+    ) -> None:
+        """Takes what it moves sequences between."""
+        self._blocks = blocks
+        self._costs = costs
+        self._running = running
+        self._waiting = waiting
+        self.num_recomputes = 0
+        self.num_swaps = 0
+
+    def preempt(self, sequence: Sequence, now: float) -> None:
+        """Takes a running sequence's blocks and lets it wait, before new ones of its class."""
+        num_tokens = sequence.num_computed_tokens
+        swap_s = self._costs.swap_seconds(self._blocks.pool.blocks_for(num_tokens))
+        is_swap = self._blocks.can_swap_out(sequence)
+        if is_swap and swap_s < self._costs.recompute_seconds(num_tokens):
+            self._blocks.swap_out(sequence)
+            self.num_swaps += 1
+        else:
+            self._blocks.release(sequence)
+            sequence.num_computed_tokens = 0
+            self.num_recomputes += 1
+        self._running.remove(sequence)
+        sequence.num_preemptions += 1
+        sequence.was_running = True
+        sequence.status = SequenceStatus.WAITING
+        self._waiting.add(sequence, now)
+
+    def make_room(self, sequence: Sequence, now: float) -> bool:
+        """Gives a running sequence one more block, at the cost of the last ones in order.
+
+        Returns:
+            False where the sequence itself was the last one, or has lost its blocks before.
+        """
+        if sequence.status is not SequenceStatus.RUNNING:
+            return False
+        while not self._blocks.grow(sequence):
+            victim = self._running.last
+            self.preempt(victim, now)
+            if victim is sequence:
+                return False
+        self._running.note_growth(sequence)
+        return True
+
+    def make_way(self, num_spare: int, now: float) -> None:
+        """Preempts sequences of lower classes where the first that waits needs it.
+
+        Classes as they were asked for: sequences of one class would take turns otherwise. And
+        only sequences that come later in scheduling order: one that has come before the first by
+        waiting would take its blocks back.
+
+        Args:
+            num_spare: Blocks that must be free beside those that the first one takes.
+            now: Monotonic time.
+        """
+        first = self._waiting.first()
+        if first is None or not self._running or self._running.last.priority <= first.priority:
+            return
+        needed = self._blocks.pool.blocks_for(first.num_tokens) + num_spare
+        num_free = self._blocks.pool.num_free
+        victims: list[Sequence] = []
+        for victim in reversed(self._running):
+            has_place = self._running.num_free_slots + len(victims) > 0
+            if has_place and num_free >= needed:
+                break
+            is_lower = victim.priority > first.priority
+            if not is_lower or scheduling_key(victim) < scheduling_key(first):
+                return  # there would still be no room
+            victims.append(victim)
+            num_free += len(victim.block_table)
+        for victim in victims:
+            self.preempt(victim, now)

@@ -1,0 +1,183 @@
+"""The sequences that take part in steps, and each step's work written down in columns.
+
+What does not change from step to step (sampling parameters, blocks) is kept in numpy, a row a
+sequence, so that writing down a step of hundreds of sequences is a few operations on columns.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from mini_infer_engine.batch import Ints, SamplingColumns, ScheduledBatch
+from mini_infer_engine.block_manager import BlockTransfers
+from mini_infer_engine.sequence import Sequence
+from mini_infer_engine.waiting_queue import scheduling_key
+
+_FIRST_WIDTH = 64
+
+
+class RunningBatch:
+    """Running sequences in scheduling order, and their columns.
+
+    Each has a *slot*, its row of the columns, from `add` to `remove`.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        """Makes an empty batch for so many sequences."""
+        self._sequences: list[Sequence] = []
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._block_tables = np.zeros((max_num_seqs, _FIRST_WIDTH), np.int64)
+        self._num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
+        self._min_tokens = np.zeros(max_num_seqs, np.int64)
+        self._temperatures = np.zeros(max_num_seqs, np.float32)
+        self._top_ks = np.zeros(max_num_seqs, np.int64)
+        self._top_ps = np.zeros(max_num_seqs, np.float32)
+        self._seeds = np.zeros(max_num_seqs, np.uint64)
+
+    def __len__(self) -> int:
+        """Sequences that run."""
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """The sequences in scheduling order."""
+        return iter(self._sequences)
+
+    def __reversed__(self) -> Iterator[Sequence]:
+        """The sequences from the last in scheduling order to the first."""
+        return reversed(self._sequences)
+
+    @property
+    def last(self) -> Sequence:
+        """The last in scheduling order: the first victim."""
+        return self._sequences[-1]
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that can still join."""
+        return len(self._free_slots)
+
+    def add(self, sequence: Sequence) -> None:
+        """Takes a sequence in, with the blocks that it has."""
+        bisect.insort(self._sequences, sequence, key=scheduling_key)
+        slot = sequence.slot = self._free_slots.pop()
+        sampling = sequence.sampling
+        self._num_prompt_tokens[slot] = sequence.num_prompt_tokens
+        self._min_tokens[slot] = sampling.min_tokens
+        self._temperatures[slot] = sampling.temperature
+        self._top_ks[slot] = sampling.top_k
+        self._top_ps[slot] = sampling.top_p
+        self._seeds[slot] = sampling.seed
+        self._widen(len(sequence.block_table))
+        self._block_tables[slot, : len(sequence.block_table)] = sequence.block_table
+
+    def note_growth(self, sequence: Sequence) -> None:
+        """Takes in the block that a sequence got last."""
+        num_blocks = len(sequence.block_table)
+        self._widen(num_blocks)
+        self._block_tables[sequence.slot, num_blocks - 1] = sequence.block_table[-1]
+
+    def remove(self, sequence: Sequence) -> None:
+        """Lets a sequence go."""
+        index = bisect.bisect_left(self._sequences, scheduling_key(sequence), key=scheduling_key)
+        del self._sequences[index]
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def build(
+        self,
+        step: int,
+        decodes: Seq[Sequence],
+        prefills: Seq[tuple[Sequence, int]],
+        transfers: BlockTransfers,
+    ) -> ScheduledBatch:
+        """Writes down a step.
+
+        Args:
+            step: Its number.
+            decodes: Sequences of which one token is left to compute.
+            prefills: The other ones that take part, each with how many of its tokens.
+            transfers: What happens to blocks before.
+        """
+        sequences = [*decodes, *(sequence for sequence, _ in prefills)]
+        num_decodes = len(decodes)
+        slots = np.array([each.slot for each in sequences], np.int64)
+        num_computed = np.array([each.num_computed_tokens for each in sequences], np.int64)
+        num_scheduled = np.ones(len(sequences), np.int64)
+        token_ids = [each.token_ids[-1] for each in decodes]
+        rows = list(range(num_decodes))
+        for row, (sequence, count) in enumerate(prefills, num_decodes):
+            start = sequence.num_computed_tokens
+            num_scheduled[row] = count
+            token_ids += sequence.token_ids[start : start + count]
+            if start + count == sequence.num_tokens:
+                rows.append(row)
+        width = max(len(each.block_table) for each in sequences)
+        return ScheduledBatch(
+            step=step,
+            keys=[each.key for each in sequences],
+            token_ids=np.array(token_ids, np.int64),
+            num_scheduled_tokens=num_scheduled,
+            num_computed_tokens=num_computed,
+            num_turned_together=np.array(
+                [each.num_turned_together for each in sequences], np.int64
+            ),
+            block_tables=self._block_tables[slots, :width],
+            num_decodes=num_decodes,
+            sampling=self._sampling(
+                sequences, slots, num_computed + num_scheduled, np.array(rows, np.int64)
+            ),
+            swap_outs=_pairs(transfers.swap_outs),
+            zero_blocks=np.array(transfers.zero_blocks, np.int64),
+            swap_ins=_pairs(transfers.swap_ins),
+            block_copies=_pairs(transfers.block_copies),
+        )
+
+    def check_integrity(self) -> None:
+        """Checks the order, the slots and the columns against the sequences.
+
+        Raises:
+            AssertionError: Where they disagree.
+        """
+        keys = [scheduling_key(each) for each in self._sequences]
+        assert keys == sorted(keys), "the running batch is out of order"
+        slots = [each.slot for each in self._sequences]
+        everything = sorted([*slots, *self._free_slots])
+        assert everything == list(range(len(self._block_tables))), "a slot is lost or taken twice"
+        for each in self._sequences:
+            row = self._block_tables[each.slot, : len(each.block_table)]
+            assert row.tolist() == each.block_table, f"the blocks of {each} are not its columns'"
+
+    def _sampling(
+        self, sequences: Seq[Sequence], slots: Ints, num_tokens: Ints, rows: Ints
+    ) -> SamplingColumns:
+        sampled = slots[rows]
+        positions = num_tokens[rows] - self._num_prompt_tokens[sampled]
+        banned = [
+            (index, token_id)
+            for index in np.flatnonzero(positions < self._min_tokens[sampled]).tolist()
+            for token_id in sequences[rows[index]].end_ids
+        ]
+        return SamplingColumns(
+            rows=rows,
+            temperatures=self._temperatures[sampled],
+            top_ks=self._top_ks[sampled],
+            top_ps=self._top_ps[sampled],
+            seeds=self._seeds[sampled],
+            positions=positions,
+            banned_rows=np.array([index for index, _ in banned], np.int64),
+            banned_ids=np.array([token_id for _, token_id in banned], np.int64),
+        )
+
+    def _widen(self, width: int) -> None:
+        while width > self._block_tables.shape[1]:
+            self._block_tables = np.concatenate(
+                [self._block_tables, np.zeros_like(self._block_tables)], axis=1
+            )
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> Ints:
+    return np.array(pairs, np.int64).reshape(-1, 2)
