@@ -92,18 +92,6 @@ async def test_text_that_is_held_back_is_delivered_at_the_deadline(
     assert stream.finish_reason is None
 
 
-async def test_stop_string_wins_over_the_deadline(
-    served: RunningGateway, engine: StandInEngine
-) -> None:
-    token_ids = await served.client.tokenize(" fox", add_special_tokens=False)
-    stream = served.client.generate([5], stop="fox")
-    reading = asyncio.create_task(stream.text())
-    submit = await engine.next(Submit)
-    await engine.step(submit.stream, 0, token_ids, FinishCode.DEADLINE)
-    await reading
-    assert (stream.finish_reason, stream.matched_stop) == ("stop", "fox")
-
-
 @pytest.mark.parametrize("ids_only", [True, False], ids=["ids", "text"])
 async def test_abort_ends_regularly(
     served: RunningGateway, engine: StandInEngine, ids_only: bool
@@ -170,14 +158,15 @@ async def test_stop_string_ends_a_stream_without_the_engine_too(
     await until_idle(served)
 
 
+@pytest.mark.parametrize("code", [FinishCode.LENGTH, FinishCode.DEADLINE])
 async def test_stop_string_wins_over_an_end_at_the_same_token(
-    served: RunningGateway, engine: StandInEngine
+    served: RunningGateway, engine: StandInEngine, code: FinishCode
 ) -> None:
     token_ids = await served.client.tokenize(" fox", add_special_tokens=False)
     stream = served.client.generate([5], stop="fox")
     reading = asyncio.create_task(stream.text())
     submit = await engine.next(Submit)
-    await engine.step(submit.stream, 0, token_ids, FinishCode.LENGTH)
+    await engine.step(submit.stream, 0, token_ids, code)
     await reading
     assert (stream.finish_reason, stream.matched_stop) == ("stop", "fox")
 
