@@ -77,3 +77,32 @@ def test_an_unreachable_deadline_is_refused_at_once_and_says_when(server: Server
         assert failed.value.retry_after_s > 0.5
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_a_request_that_runs_into_its_deadline_keeps_what_it_has(
+    server: str, num_choices: int
+) -> None:
+    with Client(server) as client:
+        before = client.server_info().engines[0].num_expired_running
+        # So long an interval that nothing would have been sent before the end.
+        stream = client.generate(
+            "Once upon a time",
+            n=num_choices,
+            ignore_eos=True,
+            stream_interval=1024,
+            timeout=1.5,
+        )
+        with pytest.raises(RequestFailed) as failed:
+            list(stream)
+        assert failed.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert failed.value.reason is ErrorReason.DEADLINE
+        assert "deadline" in failed.value.message
+        assert all(len(choice.token_ids) > 10 for choice in stream.choices)
+        assert all(choice.text for choice in stream.choices)
+        for _ in range(50):
+            after = client.server_info().engines[0].num_expired_running
+            if after == before + num_choices:
+                break
+            time.sleep(0.1)
+        assert after == before + num_choices

@@ -56,7 +56,8 @@ class EngineConfig:
             the growth of those that run.
         enable_prefix_caching: Whether the blocks of ended requests are kept until they are needed
             otherwise, so that prompts that begin alike are computed once.
-        max_queued_requests: Requests that wait at most; one more is refused with QUEUE_FULL.
+        max_queued_requests: Requests that wait at most, each choice of one counted; one more is
+            refused with QUEUE_FULL.
         max_queued_tokens: Tokens of the prompts that wait at most; a request beyond it is refused
             with QUEUE_FULL. Unset means no such bound.
         target_itl_ms: Milliseconds that a step shall take at most while streams decode: fewer

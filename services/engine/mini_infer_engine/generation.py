@@ -34,7 +34,8 @@ class GenerationOutput:
         stop_string: The stop string that ended it, if one did.
         stop_token_id: The id that ended it, if one did.
         seed: What the random numbers were keyed with.
-        num_cached_tokens: Prompt tokens that were not computed, since their K and V were known.
+        num_cached_tokens: Prompt tokens that were not computed, since their K and V were known; of
+            later choices also those that the first one had just computed.
         error: Why this prompt alone failed; the text so far is kept.
     """
 

@@ -22,6 +22,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.errors import FieldViolation, InvalidRequestError
 from mini_infer.hub import with_local_model
 from mini_infer.sampling_params import MAX_SEED, SamplingParams
+from mini_infer.scheduling_params import scheduling_violations
 from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.detokenize import Detokenizer, TextStream
 from mini_infer_tokenizer.encode import TextTokenizer
@@ -115,6 +116,9 @@ class LLMEngine:
         priorities = [priority] * len(encoded) if isinstance(priority, int) else priority
         if len(priorities) != len(encoded):
             raise ValueError(f"expected {len(encoded)} priorities, got {len(priorities)}")
+        for each in priorities:
+            if violations := scheduling_violations(each, cache_salt):
+                raise InvalidRequestError(violations)
         return self._generate(encoded, each_params, priorities, cache_salt)
 
     def chat(

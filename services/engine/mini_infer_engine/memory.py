@@ -105,13 +105,13 @@ def size_cache(
     swap_gib = config.swap_space_gib
     if swap_gib is None:
         swap_gib = 0.0 if is_cpu else CUDA_SWAP_GIB
-    num_host_blocks = int(swap_gib * GIB) // spec.bytes_per_block
     free_host_bytes = free.host - cache_bytes if is_cpu else free.host
-    if num_host_blocks * spec.bytes_per_block > free_host_bytes:
+    if swap_gib * GIB > free_host_bytes:
         raise ConfigError(
             f"swap_space_gib {swap_gib} is more than the {free_host_bytes / GIB:.2f} GiB that are "
             "free in the host's memory: lower it"
         )
+    num_host_blocks = int(swap_gib * GIB) // spec.bytes_per_block
     return CacheSize(spec=spec, num_blocks=num_blocks, num_host_blocks=num_host_blocks, bound=bound)
 
 

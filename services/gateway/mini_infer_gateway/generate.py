@@ -14,6 +14,7 @@ from mini_infer_gateway.client_stream import ClientStream, Context
 from mini_infer_gateway.mailbox import Ending, Parcel
 from mini_infer_gateway.peers import Peers
 from mini_infer_gateway.request import (
+    TIMEOUT_ROUNDING,
     ChatPrompt,
     EncodedRequest,
     GenerationRequest,
@@ -25,6 +26,8 @@ from mini_infer_gateway.validation import check_generate
 from mini_infer_gateway.wire import ResponseWriter, accounting_metadata
 
 SEED_BITS = 64
+LAST_WORDS_S = 0.05
+"""Before the deadline, for what the engine has to say at the end."""
 
 
 class GenerateCall:
@@ -111,7 +114,7 @@ class GenerateCall:
         )
         deadline = None
         if time_remaining_s is not None:
-            deadline = asyncio.get_running_loop().time() + time_remaining_s
+            deadline = asyncio.get_running_loop().time() + _time_to_generate_s(time_remaining_s)
         encoded = EncodedRequest(
             prompt_ids=prompt_ids,
             sampling=sampling,
@@ -155,6 +158,17 @@ class GenerateCall:
         if accounting is not None:
             context.set_trailing_metadata(accounting_metadata(accounting))
         await client.write(writer.finished(in_order))
+
+
+def _time_to_generate_s(time_remaining_s: float) -> float:
+    """How long the engine may work on a call, so that its end still reaches the client.
+
+    Clients hang up at their own deadline, and the server's is later: a timeout is rounded up on
+    its way, by 1 % at most (gRPC over HTTP/2, TimeoutValue has few digits). Beside that, a step of
+    the engine, the last text and the status have to get through.
+    """
+    margin_s = min(LAST_WORDS_S, time_remaining_s / 10)
+    return time_remaining_s * (1 - TIMEOUT_ROUNDING) - margin_s
 
 
 async def _write_parcel(

@@ -14,6 +14,9 @@ from mini_infer.sampling_params import ResolvedSampling, SamplingParams
 ANONYMOUS = ""
 """The principal of every request: clients are not told apart."""
 
+TIMEOUT_ROUNDING = 0.01
+"""By how much of itself a timeout is rounded up at most, on its way from client to server."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:

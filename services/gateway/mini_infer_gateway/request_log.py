@@ -10,6 +10,7 @@ import grpc
 import structlog
 from mini_infer.errors import ErrorReason, MiniInferError
 
+from mini_infer_gateway.request import TIMEOUT_ROUNDING
 from mini_infer_gateway.status import CODES
 
 _log = structlog.get_logger()
@@ -73,8 +74,9 @@ class RequestLine:
             return CODES[error.reason].name, error.reason.value
         if isinstance(error, Exception) and not isinstance(error, grpc.aio.BaseError):
             return grpc.StatusCode.INTERNAL.name, ErrorReason.INTERNAL_ERROR.value
-        # The call was taken away: its deadline has passed, or the client is gone.
-        if self._elapsed_ms() >= self._budget_ms:
+        # The call was taken away: its deadline has passed, or the client is gone. A client's clock
+        # is ahead by what its timeout was rounded up on the way.
+        if self._elapsed_ms() >= self._budget_ms * (1 - TIMEOUT_ROUNDING):
             return grpc.StatusCode.DEADLINE_EXCEEDED.name, ErrorReason.DEADLINE.value
         return grpc.StatusCode.CANCELLED.name, None
 

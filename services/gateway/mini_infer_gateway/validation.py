@@ -20,6 +20,7 @@ from google.protobuf.message import Message
 from mini_infer.errors import ErrorReason, FieldViolation, InvalidRequestError, MiniInferError
 from mini_infer.messages import EngineWelcome
 from mini_infer.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from mini_infer.scheduling_params import scheduling_violations
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
 from mini_infer_gateway import wire
@@ -94,9 +95,6 @@ UNSUPPORTED_FIELDS = {
 """A message type that stands here as a field is refused as a whole."""
 
 MAX_STREAM_INTERVAL = 1024
-MAX_PRIORITY = 100
-"""And the negative of the least one."""
-MAX_CACHE_SALT_BYTES = 128
 MAX_DECODED_IDS = 2**20
 """Of a Detokenize call."""
 MAX_LISTED_TOKEN_IDS = 8
@@ -292,13 +290,9 @@ def _option_violations(message: generate_pb2.GenerateRequest) -> list[FieldViola
     violations = []
     if message.HasField("request_id"):
         violations += _request_id_violations(message.request_id)
-    if not -MAX_PRIORITY <= message.priority <= MAX_PRIORITY:
-        expected = f"expected -{MAX_PRIORITY} to {MAX_PRIORITY}, got {message.priority}"
-        violations.append(FieldViolation("priority", expected))
-    num_bytes = len(message.cache_salt.encode())
-    if message.HasField("cache_salt") and not 1 <= num_bytes <= MAX_CACHE_SALT_BYTES:
-        expected = f"expected 1 to {MAX_CACHE_SALT_BYTES} bytes of UTF-8, got {num_bytes}"
-        violations.append(FieldViolation("cache_salt", expected))
+    violations += scheduling_violations(message.priority, message.cache_salt)
+    if message.HasField("cache_salt") and not message.cache_salt:
+        violations.append(FieldViolation("cache_salt", "expected at least 1 byte, got none"))
     stream_interval = wire.optional_field(message.output, "stream_interval", 1)
     if not 1 <= stream_interval <= MAX_STREAM_INTERVAL:
         expected = f"expected 1 to {MAX_STREAM_INTERVAL}, got {stream_interval}"

@@ -101,8 +101,8 @@ class StreamPrinter:
                     sys.stdout.flush()
         finally:
             print()
-        for index, choice in enumerate(stream.choices[1:], start=1):
-            print(f"[{index}]\n{choice.text}")
+            for index, choice in enumerate(stream.choices[1:], start=1):
+                print(f"[{index}]\n{choice.text}")
 
     def describe(self, stream: GenerationStream) -> str:
         """One line about the speed of a stream that was printed."""

@@ -164,8 +164,8 @@ class EngineCounters(msgspec.Struct, frozen=True, array_like=True, gc=False):
         num_swapped_in_blocks: Blocks copied back.
         num_copied_blocks: Blocks copied on the device for a sequence that shares a prompt.
         num_evicted_blocks: Cached blocks that were given up for new tokens.
-        num_expired_waiting: Requests whose deadline passed before their first step.
-        num_expired_running: Requests whose deadline passed later.
+        num_expired_waiting: Sequences whose deadline passed before their first step.
+        num_expired_running: Sequences whose deadline passed later.
         refusals: Requests refused at admission, by `ErrorReason`.
     """
 
