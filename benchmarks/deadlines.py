@@ -38,6 +38,7 @@ from mini_infer_engine.admission import Admission
 from mini_infer_engine.alarms import Alarms
 from mini_infer_engine.build_scheduler import build_scheduler
 from mini_infer_engine.scheduler import Scheduler
+from mini_infer_engine.step_costs import NO_WORK
 from workloads import (
     ROUGH_GUESS,
     Outcome,
@@ -73,8 +74,10 @@ MEASURES = (
 
 def unloaded_s(request: Request) -> float:
     """What a request takes on an idle machine."""
-    prefill_s = step_seconds(0, len(request.prompt_ids))
-    return prefill_s + (request.num_output_tokens - 1) * step_seconds(1, 0)
+    num_prompt_tokens, num_decodes = len(request.prompt_ids), request.num_output_tokens - 1
+    prefill_s = step_seconds(NO_WORK.with_chunk(num_prompt_tokens, 0))
+    mean_context = num_prompt_tokens + num_decodes // 2
+    return prefill_s + num_decodes * step_seconds(NO_WORK.with_row(mean_context))
 
 
 def new_scheduler() -> Scheduler:

@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 from mini_infer.config import EngineConfig
 from mini_infer_engine.build_scheduler import build_scheduler
+from mini_infer_engine.step_costs import StepWork
 from workloads import (
     MAX_MODEL_LEN,
     ROUGH_GUESS,
@@ -207,15 +208,15 @@ def contiguous_step(running: Sequence[Resident], budget: int) -> float:
     """Computes a step of those that are there, prompts in chunks; gives its seconds."""
     decodes = [each for each in running if not each.num_left]
     prefills = [each for each in running if each.num_left]
+    work = StepWork(len(decodes), sum(each.num_computed for each in decodes))
     for resident in decodes:
         resident.num_computed += 1
     left = budget - len(decodes)
-    num_prefill_tokens = 0
     for resident in prefills:
-        count = min(resident.num_left, left - num_prefill_tokens)
+        count = min(resident.num_left, left - work.num_prefill_tokens)
+        work = work.with_chunk(count, resident.num_computed)
         resident.num_computed += count
-        num_prefill_tokens += count
-    return step_seconds(len(decodes), num_prefill_tokens)
+    return step_seconds(work)
 
 
 def measure_contiguous(

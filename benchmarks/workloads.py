@@ -25,7 +25,7 @@ from mini_infer.sampling_params import ResolvedSampling
 from mini_infer_engine.batch import ScheduledBatch, StepTokens
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import Sequence, StreamKey
-from mini_infer_engine.step_costs import StepCoefficients
+from mini_infer_engine.step_costs import StepCoefficients, StepCosts, StepWork
 from mini_infer_engine.step_updates import SequenceUpdate
 from rich.console import Console
 from rich.table import Table
@@ -42,11 +42,16 @@ MAX_HALF = 1024
 """Tokens of a prompt at most, and of an output; longer ones are cut."""
 MAX_MODEL_LEN = 2 * MAX_HALF
 
-MACHINE = StepCoefficients(step_s=8e-3, row_s=20e-6, token_s=20e-6, block_s=80e-6)
+MACHINE = StepCoefficients(
+    step_s=8e-3, row_s=20e-6, context_s=20e-9, token_s=20e-6, pair_s=20e-9, block_s=80e-6
+)
 """The simulated machine. To compute 16 tokens costs 320 us, to copy a block there and back 160."""
+_MACHINE_COSTS = StepCosts(MACHINE)
 NOISE = 0.03
 """Standard deviation of a step's time, relative."""
-ROUGH_GUESS = StepCoefficients(step_s=5e-3, row_s=30e-6, token_s=30e-6, block_s=100e-6)
+ROUGH_GUESS = StepCoefficients(
+    step_s=5e-3, row_s=30e-6, context_s=30e-9, token_s=30e-6, pair_s=30e-9, block_s=100e-6
+)
 """What the scheduler is told about the machine before its first step."""
 
 
@@ -144,18 +149,30 @@ class SimulatedMachine:
         )
         if batch.is_empty:
             return tokens, 0.0
-        seconds = step_seconds(
-            batch.num_decodes,
-            batch.num_tokens - batch.num_decodes,
-            len(batch.swap_outs) + len(batch.swap_ins),
-        )
-        return tokens, seconds * max(0.5, self._random.normal(1.0, NOISE))
+        return tokens, step_seconds(work_of(batch)) * max(0.5, self._random.normal(1.0, NOISE))
 
 
-def step_seconds(num_decodes: int, num_prefill_tokens: int, num_swapped_blocks: int = 0) -> float:
-    """How long such a step takes on the simulated machine, without noise."""
-    compute_s = MACHINE.row_s * num_decodes + MACHINE.token_s * num_prefill_tokens
-    return MACHINE.step_s + compute_s + MACHINE.block_s * num_swapped_blocks
+def work_of(batch: ScheduledBatch) -> StepWork:
+    """What a step does."""
+    split = batch.num_decodes
+    work = StepWork(
+        num_decodes=split,
+        num_context_tokens=int(batch.num_computed_tokens[:split].sum()),
+        num_swapped_blocks=len(batch.swap_outs) + len(batch.swap_ins),
+    )
+    chunks = zip(
+        batch.num_scheduled_tokens[split:].tolist(),
+        batch.num_computed_tokens[split:].tolist(),
+        strict=True,
+    )
+    for num_tokens, num_context_tokens in chunks:
+        work = work.with_chunk(num_tokens, num_context_tokens)
+    return work
+
+
+def step_seconds(work: StepWork) -> float:
+    """How long a step takes on the simulated machine, without noise."""
+    return _MACHINE_COSTS.seconds(work)
 
 
 @dataclass(slots=True)

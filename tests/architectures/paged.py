@@ -110,7 +110,9 @@ def run_forced(
         max_num_batched_tokens=max_step_tokens,
         max_queued_requests=len(texts),
     )
-    costs = StepCoefficients(step_s=1e-3, row_s=1e-5, token_s=1e-5, block_s=1e-5)
+    costs = StepCoefficients(
+        step_s=1e-3, row_s=1e-5, context_s=1e-8, token_s=1e-5, pair_s=1e-8, block_s=1e-5
+    )
     scheduler = Scheduler(BlockManager(pool), limits, StepCosts(costs))
     for index, (prompt, output) in enumerate(texts):
         sampling = greedy(len(output))

@@ -19,8 +19,12 @@ from mini_infer_engine.step_updates import SequenceUpdate
 
 EOS = 7
 BLOCK_SIZE = 4
-SWAP_IS_CHEAP = StepCoefficients(step_s=1e-3, row_s=1e-4, token_s=1e-3, block_s=1e-7)
-SWAP_IS_DEAR = StepCoefficients(step_s=1e-3, row_s=1e-4, token_s=1e-3, block_s=1.0)
+SWAP_IS_CHEAP = StepCoefficients(
+    step_s=1e-3, row_s=1e-4, context_s=1e-5, token_s=1e-3, pair_s=1e-5, block_s=1e-7
+)
+SWAP_IS_DEAR = StepCoefficients(
+    step_s=1e-3, row_s=1e-4, context_s=1e-5, token_s=1e-3, pair_s=1e-5, block_s=1.0
+)
 
 
 def next_token(stream: int, position: int) -> int:

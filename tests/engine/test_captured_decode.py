@@ -26,13 +26,20 @@ def generate(
     engine: Engine, runner: ModelRunner, num_rows: int, **options: float | bool
 ) -> tuple[list[list[int]], int]:
     """Output of some prompts of different lengths, and the number of steps it took."""
+    prompts = [list(range(10 + row, 31 + 9 * row)) for row in range(num_rows)]
+    return continue_prompts(engine, runner, prompts, **options)
+
+
+def continue_prompts(
+    engine: Engine, runner: ModelRunner, prompts: list[list[int]], **options: float | bool
+) -> tuple[list[list[int]], int]:
+    """Likewise of given prompts."""
     scheduler = engine.scheduler
     fields = dict(temperature=0.0, top_k=0, top_p=1.0, max_tokens=45, ignore_eos=True)
-    for row in range(num_rows):
+    for row, prompt in enumerate(prompts):
         sampling = ResolvedSampling(seed=row, **{**fields, **options})  # type: ignore[arg-type]
-        prompt = list(range(10 + row, 31 + 9 * row))
         scheduler.add(*engine.served.sequences([StreamKey(b"", row)], prompt, sampling), now=0.0)
-    outputs: list[list[int]] = [[] for _ in range(num_rows)]
+    outputs: list[list[int]] = [[] for _ in prompts]
     before = scheduler.num_steps
     while not scheduler.is_idle:
         batch = scheduler.schedule(0.0)
@@ -61,6 +68,37 @@ def test_recorded_logits_equal_the_models_own(engine: Engine, num_rows: int) -> 
     generate(engine, ModelRunner(both, engine.runner.cache, engine.runner._buffers), num_rows)
     assert all(compared)
     assert len(compared) >= 45
+
+
+@pytest.mark.parametrize(
+    ("prompt_lens", "num_groups"),
+    [([300, 20, 40, 20], 2), ([900, 20, 250, 40, 20, 250], 3), ([9, 600, 20, 9, 200, 610, 30], 3)],
+)
+def test_recorded_groups_give_the_logits_of_each_row_alone(
+    engine: Engine, prompt_lens: list[int], num_groups: int
+) -> None:
+    """Whatever order and sizes the groups have: recorded, eager, and one row a step."""
+    replayed = captured(engine)
+    cache, buffers = engine.runner.cache, engine.runner._buffers
+    kept: list[torch.Tensor] = []
+    seen = set()
+
+    def both(inputs: ModelInputs) -> torch.Tensor:
+        logits = replayed(inputs)
+        assert torch.equal(logits, replayed._forward(inputs))
+        kept.append(logits.clone())
+        seen.add(len(inputs.attention.decode_groups))
+        return logits
+
+    runner = ModelRunner(both, cache, buffers)
+    prompts = [[10 + row] * 3 + list(range(3, length)) for row, length in enumerate(prompt_lens)]
+    outputs, _ = continue_prompts(engine, runner, prompts, max_tokens=6)
+    together = torch.stack(kept[-5:], 1)
+    assert num_groups in seen
+    for row, prompt in enumerate(prompts):
+        kept.clear()
+        assert continue_prompts(engine, runner, [prompt], max_tokens=6)[0] == [outputs[row]]
+        torch.testing.assert_close(together[row], torch.cat(kept[-5:]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 45])

@@ -110,7 +110,9 @@ class PoisonsFreedBlocks:
 
 def scheduler_over(pool: BlockPool, budget: int) -> Scheduler:
     limits = SchedulerLimits(max_num_seqs=8, max_num_batched_tokens=budget, max_queued_requests=99)
-    costs = StepCoefficients(step_s=1e-3, row_s=1e-5, token_s=1e-5, block_s=1e-5)
+    costs = StepCoefficients(
+        step_s=1e-3, row_s=1e-5, context_s=1e-8, token_s=1e-5, pair_s=1e-8, block_s=1e-5
+    )
     return Scheduler(BlockManager(pool), limits, StepCosts(costs))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kv_utilisation import ContiguousStore, measure_contiguous
 from mini_infer.errors import ErrorReason
 from mini_infer.messages import FinishCode
-from workloads import Replay, Request, draw_requests, step_seconds
+from workloads import Replay, Request, draw_requests, step_seconds, work_of
 
 NUM_SLOTS = 40
 
@@ -56,7 +56,7 @@ def test_a_replay_computes_each_token_once_and_gives_each_request_its_output() -
     while not replay.is_done:
         batch = replay.step()
         num_tokens += batch.num_tokens
-        seconds += step_seconds(batch.num_decodes, batch.num_tokens - batch.num_decodes)
+        seconds += step_seconds(work_of(batch))
     assert {each.finish_code for each in replay.outcomes.values()} <= {
         FinishCode.STOP_TOKEN,
         FinishCode.LENGTH,  # where just as much was allowed

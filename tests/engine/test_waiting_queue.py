@@ -17,7 +17,7 @@ AGEING_S = 4.0
 
 @dataclass
 class Times:
-    arrival: float
+    waiting_since: float
 
 
 @dataclass(eq=False)
@@ -26,12 +26,18 @@ class Waiting:
     priority: int = 0
     deadline: float | None = None
     times: Times = field(default_factory=lambda: Times(0.0))
-    num_tokens: int = 1
+    num_pending_tokens: int = 1
     was_running: bool = False
     rank: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.rank = self.priority
+
+    def lose_blocks(self, now: float) -> None:
+        """As a preemption does: time that it ran does not make it older."""
+        self.priority = self.rank
+        self.times = Times(now)
+        self.was_running = True
 
 
 def numbers(queue: WaitingQueue[Waiting]) -> list[int]:
@@ -51,7 +57,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.num_arrived = 0
 
     def rank(self, sequence: Waiting) -> int:
-        return sequence.priority - int((self.now - sequence.times.arrival) // AGEING_S)
+        return sequence.priority - int((self.now - sequence.times.waiting_since) // AGEING_S)
 
     def in_order(self) -> list[Waiting]:
         def key(sequence: Waiting) -> tuple[float, ...]:
@@ -65,17 +71,20 @@ class QueueMachine(RuleBasedStateMachine):
         priority=st.integers(-2, 2),
         patience=st.none() | st.integers(0, 60),
         delay=st.integers(0, 30),
-        num_tokens=st.integers(1, 50),
+        num_pending_tokens=st.integers(1, 50),
     )
-    def arrive(self, priority: int, patience: int | None, delay: int, num_tokens: int) -> None:
+    def arrive(
+        self, priority: int, patience: int | None, delay: int, num_pending_tokens: int
+    ) -> None:
         deadline = None if patience is None else self.now + patience / 4
         times = Times(self.now - delay / 4)
-        sequence = Waiting(self.num_arrived, priority, deadline, times, num_tokens)
+        sequence = Waiting(self.num_arrived, priority, deadline, times, num_pending_tokens)
         self.num_arrived += 1
         self.ranks[sequence.arrival_number] = sequence.rank = self.rank(sequence)
         ahead = [each for each in self.waiting if scheduling_key(each) < scheduling_key(sequence)]
-        expected = len(ahead), sum(each.num_tokens for each in ahead)
+        expected = len(ahead), sum(each.num_pending_tokens for each in ahead)
         assert self.queue.num_tokens_before(sequence) == expected
+        sequence.rank = priority
         self.queue.add(sequence, self.now)
         self.waiting.append(sequence)
 
@@ -92,8 +101,8 @@ class QueueMachine(RuleBasedStateMachine):
     def come_back(self, num_generated: int, grace: int, data: st.DataObject) -> None:
         sequence = data.draw(st.sampled_from(self.running))
         self.running.remove(sequence)
-        sequence.was_running = True
-        sequence.num_tokens += num_generated
+        sequence.lose_blocks(self.now)
+        sequence.num_pending_tokens += num_generated
         if sequence.deadline is not None:
             sequence.deadline += grace
         self.queue.add(sequence, self.now)
@@ -113,13 +122,13 @@ class QueueMachine(RuleBasedStateMachine):
         assert list(self.queue) == expected
         assert self.queue.first() is (expected[0] if expected else None)
         assert len(self.queue) == len(expected)
-        assert self.queue.num_tokens == sum(each.num_tokens for each in expected)
+        assert self.queue.num_pending_tokens == sum(each.num_pending_tokens for each in expected)
         tokens = 0
         for position, sequence in enumerate(expected):
             assert sequence in self.queue
             assert sequence.rank == self.ranks[sequence.arrival_number]
             assert self.queue.num_tokens_before(sequence) == (position, tokens)
-            tokens += sequence.num_tokens
+            tokens += sequence.num_pending_tokens
         assert not any(sequence in self.queue for sequence in self.running)
 
     @invariant()
@@ -188,8 +197,11 @@ def test_a_rank_stays_with_a_sequence_that_leaves() -> None:
     queue.promote(50.0)
     assert promoted.rank == -1
     assert scheduling_key(promoted) == SchedulingKey(-1, True, math.inf, 0)
+    promoted.lose_blocks(50.0)
     queue.add(promoted, 50.0)
-    assert promoted.rank == 1 - 12
+    assert promoted.rank == -1, "time that it ran does not count"
+    queue.promote(54.0)
+    assert promoted.rank == -2
 
 
 def test_an_arrival_after_now_counts_as_now() -> None:
@@ -212,13 +224,13 @@ def test_without_ageing_classes_never_change() -> None:
 
 def test_what_waits_is_not_added_and_what_does_not_is_not_removed() -> None:
     queue: WaitingQueue[Waiting] = WaitingQueue(AGEING_S)
-    sequence = Waiting(0, num_tokens=5)
+    sequence = Waiting(0, num_pending_tokens=5)
     with pytest.raises(ValueError, match="expected a waiting sequence"):
         queue.remove(sequence)
     queue.add(sequence, 0.0)
     with pytest.raises(ValueError, match="does not wait yet"):
         queue.add(sequence, 0.0)
-    assert (len(queue), queue.num_tokens) == (1, 5)
+    assert (len(queue), queue.num_pending_tokens) == (1, 5)
     queue.check_integrity()
 
 
@@ -234,22 +246,22 @@ def test_a_period_that_is_not_positive_is_refused(ageing_s: float) -> None:
         lambda sequence: setattr(sequence, "deadline", 3.0),
         lambda sequence: setattr(sequence, "was_running", True),
         lambda sequence: setattr(sequence, "rank", 7),
-        lambda sequence: setattr(sequence, "num_tokens", 9),
+        lambda sequence: setattr(sequence, "num_pending_tokens", 9),
     ],
-    ids=["deadline", "was_running", "rank", "num_tokens"],
+    ids=["deadline", "was_running", "rank", "num_pending_tokens"],
 )
 def test_integrity_check_notices_a_waiting_sequence_that_changed(
     change: Callable[[Waiting], None],
 ) -> None:
     queue: WaitingQueue[Waiting] = WaitingQueue(AGEING_S)
-    sequence = Waiting(0, num_tokens=5)
+    sequence = Waiting(0, num_pending_tokens=5)
     queue.add(sequence, 0.0)
     change(sequence)
     with pytest.raises(AssertionError):
         queue.check_integrity()
     # It still can be removed, and what was counted is what goes.
     queue.remove(sequence)
-    assert (len(queue), queue.num_tokens) == (0, 0)
+    assert (len(queue), queue.num_pending_tokens) == (0, 0)
     queue.check_integrity()
 
 

@@ -12,7 +12,7 @@ from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.limits import SchedulerLimits, StepBudget
 from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sequence import Sequence
-from mini_infer_engine.step_costs import CompletionRate, StepCosts
+from mini_infer_engine.step_costs import NO_WORK, CompletionRate, StepCosts, StepWork
 from mini_infer_engine.waiting_queue import WaitingQueue
 
 
@@ -37,6 +37,7 @@ class Admission:
         self.refusals: Counter[ErrorReason] = Counter()
         self._limits = limits
         self._costs = costs
+        self._untaught = costs.untaught()
         self._budget = StepBudget(limits, costs, blocks.pool.block_size)
         self._blocks = blocks
         self._waiting = waiting
@@ -54,7 +55,7 @@ class Admission:
         """
         try:
             self._check_size(group[0])
-            self._check_queue(group)
+            self._check_queue(group, now)
             self._check_deadline(group[0], now)
         except MiniInferError as error:
             self.refusals[error.reason] += 1
@@ -63,18 +64,25 @@ class Admission:
     def queue_problem(self, group: Seq[Sequence]) -> str | None:
         """What keeps sequences that share a prompt from queueing now; None where nothing does.
 
-        An empty queue takes any request: one above the bounds could never get in otherwise.
+        An empty queue takes any request: one above the bounds could never get in otherwise. And
+        those for which there is a place do not count, they wait for the next step only.
         """
-        num_waiting, num_tokens = len(self._waiting), self._waiting.num_tokens
+        num_waiting, num_tokens = len(self._waiting), self._waiting.num_pending_tokens
         max_requests, max_tokens = self._limits.max_queued_requests, self._limits.max_queued_tokens
-        if num_waiting and num_waiting + len(group) > max_requests:
-            return f"{num_waiting} of {max_requests} requests wait already"
-        num_new = sum(each.num_tokens for each in group)
+        if num_waiting + len(group) <= self._running.num_free_slots:
+            return None
+        if num_waiting and num_waiting + len(group) > max_requests + self._running.num_free_slots:
+            return (
+                f"{num_waiting} of {max_requests} requests wait already, this one adds {len(group)}"
+            )
+        num_new = sum(each.num_pending_tokens for each in group)
         if max_tokens is not None and num_waiting and num_tokens + num_new > max_tokens:
-            return f"{num_tokens} of {max_tokens} prompt tokens wait already"
+            return (
+                f"{num_tokens} of {max_tokens} prompt tokens wait already, this one adds {num_new}"
+            )
         return None
 
-    def first_token_s(self, sequence: Sequence) -> float:
+    def first_token_s(self, sequence: Sequence, now: float) -> float:
         """Seconds until a sequence that comes now is expected to have its first token.
 
         Prompts before its own are computed while it waits for running sequences to end, whose
@@ -82,23 +90,37 @@ class Admission:
         """
         running, pool = self._running, self._blocks.pool
         num_before, num_tokens_before = self._waiting.num_tokens_before(sequence)
-        unfinished = sum(each.num_tokens - each.num_computed_tokens - 1 for each in running)
-        num_blocks = pool.blocks_for(num_tokens_before + sequence.num_tokens)
+        num_pending = sequence.num_pending_tokens
+        num_blocks = pool.blocks_for(num_tokens_before + num_pending)
         blocks_of_each = max(1.0, pool.num_used / max(1, len(running)))
         num_ends = max(
             num_before + 1 - running.num_free_slots,
             math.ceil((num_blocks - pool.num_free) / blocks_of_each),
             0,
         )
+        decoding = StepWork(len(running), sum(each.num_computed_tokens for each in running))
         return max(
-            self._prefill_s(num_tokens_before + unfinished),
-            self.completions.seconds_until(num_ends),
-        ) + self._prefill_s(sequence.num_tokens - self._blocks.num_cached_tokens(sequence))
+            self._prefill_s(self._prompts_before(num_before, num_tokens_before), decoding),
+            self.completions.seconds_until(num_ends, now),
+        ) + self._prefill_s(_prompt(sequence), decoding)
 
-    def _prefill_s(self, num_tokens: int) -> float:
-        num_decodes = len(self._running)
-        per_step = max(1, self._budget.prefill_tokens(num_decodes))
-        return self._costs.prefill_seconds(num_tokens, per_step, num_decodes)
+    def _prompts_before(self, num_waiting: int, num_tokens: int) -> StepWork:
+        """The prompts before a new one: those that wait, as if all were alike, then the others."""
+        work = StepWork(
+            num_prefill_tokens=num_tokens, num_pairs=num_tokens**2 / 2 / max(1, num_waiting)
+        )
+        for each in self._running:
+            num_left = each.num_tokens - each.num_computed_tokens
+            if num_left > 1:
+                work = work.with_chunk(num_left, each.num_computed_tokens)
+        return work
+
+    def _prefill_s(
+        self, prompts: StepWork, decoding: StepWork, costs: StepCosts | None = None
+    ) -> float:
+        mean_context = prompts.num_pairs / max(1, prompts.num_prefill_tokens)
+        per_step = max(1, self._budget.prefill_tokens(decoding, mean_context))
+        return (costs or self._costs).prefill_seconds(prompts, per_step, decoding)
 
     def _check_size(self, sequence: Sequence) -> None:
         pool = self._blocks.pool
@@ -111,10 +133,10 @@ class Admission:
                 {"limit": str(pool.num_blocks), "needed": str(needed)},
             )
 
-    def _check_queue(self, group: Seq[Sequence]) -> None:
+    def _check_queue(self, group: Seq[Sequence], now: float) -> None:
         problem = self.queue_problem(group)
         if problem:
-            wait_s = self.completions.seconds_until(len(group))
+            wait_s = self.completions.seconds_until(len(group), now)
             raise MiniInferError(
                 ErrorReason.QUEUE_FULL,
                 f"{problem}: try again later",
@@ -124,7 +146,13 @@ class Admission:
     def _check_deadline(self, sequence: Sequence, now: float) -> None:
         if sequence.deadline is None or sequence.deadline <= now:
             return  # one that has passed already ends as such in the next step
-        estimate_s, left_s = self.first_token_s(sequence), sequence.deadline - now
+        estimate_s, left_s = self.first_token_s(sequence, now), sequence.deadline - now
+        if not self._running and not self._waiting:
+            # What steps took at first counts as well: what was learnt from slow ones is forgotten
+            # by quick ones alone, and refusals would keep those from coming.
+            estimate_s = min(
+                estimate_s, self._prefill_s(_prompt(sequence), NO_WORK, self._untaught)
+            )
         if estimate_s > left_s:
             raise MiniInferError(
                 ErrorReason.DEADLINE_UNREACHABLE,
@@ -133,3 +161,9 @@ class Admission:
                 {"estimate_ms": f"{estimate_s * 1e3:.0f}", "budget_ms": f"{left_s * 1e3:.0f}"},
                 retry_after_s=estimate_s,
             )
+
+
+def _prompt(sequence: Sequence) -> StepWork:
+    """What a waiting sequence is expected to compute when it joins."""
+    num_pending = sequence.num_pending_tokens
+    return NO_WORK.with_chunk(num_pending, sequence.num_tokens - num_pending)

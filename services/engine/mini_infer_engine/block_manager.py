@@ -70,9 +70,21 @@ class BlockManager:
 
     # --- joining and growing --------------------------------------------------------------------
 
-    def num_cached_tokens(self, sequence: Sequence) -> int:
-        """Tokens of a waiting sequence that would not have to be computed if it joined now."""
-        return len(self._known_prefix(sequence)) * self.pool.block_size
+    def num_pending_tokens(self, sequence: Sequence) -> int:
+        """Tokens that a waiting sequence would have to compute if it joined now.
+
+        Of one with a parent: if it joined when the parent has computed the prompt.
+        """
+        if sequence.parent is not None:
+            return 1
+        if sequence.host_blocks:
+            return sequence.num_tokens - sequence.num_computed_tokens
+        return sequence.num_tokens - len(self._known_prefix(sequence)) * self.pool.block_size
+
+    def num_blocks_to_join(self, sequence: Sequence) -> int:
+        """Free blocks that a waiting sequence would take if it joined now."""
+        shared = self._shareable(sequence)
+        return self._num_taken(self.pool.blocks_for(sequence.num_tokens) - len(shared), shared)
 
     def join(self, sequence: Sequence, num_spare: int) -> bool:
         """Gives a waiting sequence blocks for all of its tokens.
@@ -85,14 +97,9 @@ class BlockManager:
             Whether there were enough; if not, nothing has changed.
         """
         parent = sequence.parent if _can_fork(sequence) else None
-        if parent is not None:
-            first_own = (sequence.num_prompt_tokens - 1) // self.pool.block_size
-            shared = parent.block_table[:first_own]
-        else:
-            shared = self._known_prefix(sequence)
+        shared = self._shareable(sequence)
         num_new = self.pool.blocks_for(sequence.num_tokens) - len(shared)
-        num_taken = num_new + sum(not self.pool.is_used(block) for block in shared)
-        if num_taken + num_spare > self.pool.num_free:
+        if self._num_taken(num_new, shared) + num_spare > self.pool.num_free:
             return False
         self.pool.share(shared)
         sequence.block_table = shared + self.pool.allocate(num_new)
@@ -103,7 +110,8 @@ class BlockManager:
             self._swap_in(sequence)
         else:
             sequence.num_computed_tokens = len(shared) * self.pool.block_size
-            self.num_queried_tokens += sequence.num_tokens
+            if self.cache is not None and sequence.cache_scope is not None:
+                self.num_queried_tokens += sequence.num_tokens
             self.num_hit_tokens += sequence.num_computed_tokens
         sequence.parent = None
         return True
@@ -193,6 +201,17 @@ class BlockManager:
             assert len(targets) == len(set(targets)), f"{column}: a block is written twice"
 
     # --- helpers --------------------------------------------------------------------------------
+
+    def _shareable(self, sequence: Sequence) -> list[int]:
+        """Blocks that a waiting sequence need not compute: of its parent, or known ones."""
+        if sequence.parent is not None and _can_fork(sequence):
+            first_own = (sequence.num_prompt_tokens - 1) // self.pool.block_size
+            return sequence.parent.block_table[:first_own]
+        return self._known_prefix(sequence)
+
+    def _num_taken(self, num_new: int, shared: list[int]) -> int:
+        """Blocks that are free now and would not be: new ones, and shared ones nobody holds."""
+        return num_new + sum(not self.pool.is_used(block) for block in shared)
 
     def _known_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks of the cache that hold the sequence's first tokens, the last one excepted.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import structlog
 import torch
 from mini_infer.config import EngineConfig
@@ -38,8 +39,13 @@ SMALL_MODEL_BYTES = 2**27
 """Of weights. A layer's products take microseconds then, and a thread that was put aside for
 another process makes each of them wait for milliseconds."""
 
+_CONTEXT_SHARE = 1e-3
+"""What a token that another one attends to costs at first, over what a computed token costs."""
+
 _NO_SWAPS_S = 1e-6
 """In place of the time of a swapped block, where none is ever swapped."""
+
+_FEW_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +77,14 @@ class Engine:
 
     @property
     def seconds_per_token(self) -> float:
-        """How long a token of a prompt took in a trial."""
-        return self.times.token_s
+        """How long a step takes for each of its tokens, where it has few."""
+        return self.times.step_s / _FEW_TOKENS + self.times.token_s
 
     def with_empty_queues(self) -> Engine:
         """The same model without any sequence: what to go on with where a step was broken off."""
+        condemned = self.scheduler.blocks.take_transfers().zero_blocks
+        if condemned:
+            self.runner.cache.fill(np.array(condemned), 0.0)
         learnt = self.scheduler.costs.coefficients
         return replace(self, scheduler=_make_scheduler(self.config, self.cache_size, learnt))
 
@@ -145,7 +154,9 @@ def _first_costs(times: StepTimes) -> StepCoefficients:
     return StepCoefficients(
         step_s=times.step_s,
         row_s=times.token_s,
+        context_s=times.token_s * _CONTEXT_SHARE,
         token_s=times.token_s,
+        pair_s=times.token_s * _CONTEXT_SHARE,
         block_s=times.swapped_block_s or _NO_SWAPS_S,
     )
 

@@ -11,6 +11,7 @@ and where recording fails, every step runs eagerly: slower, with the same tokens
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,8 +23,10 @@ from mini_infer.sampling_params import ResolvedSampling
 
 from mini_infer_engine.batch import ScheduledBatch
 from mini_infer_engine.block_manager import BlockTransfers
+from mini_infer_engine.decode_groups import MAX_DECODE_GROUPS
 from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
 from mini_infer_engine.kv_cache import KVCache
+from mini_infer_engine.layers.attention import DecodeGroup
 from mini_infer_engine.model_runner import Forward
 from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sequence import Sequence, StreamKey
@@ -37,8 +40,8 @@ CAN_RECORD = sys.version_info < (3, 14)
 class CapturedDecode:
     """The same logits as the model's own, from recordings wherever there is one.
 
-    The two kinds of step (rows that gather their blocks, and a row that reads a window of the
-    cache) differ in their operations, so each is recorded when `capture` sees it first.
+    A step's operations depend on the number of groups whose rows gather blocks together, none
+    where a row reads a window of the cache. So `capture` is called once for each number.
     """
 
     def __init__(self, forward: Forward) -> None:
@@ -50,15 +53,13 @@ class CapturedDecode:
         """Computes a batch, replaying where its kind has been captured."""
         if inputs.attention.prefill_lens or inputs.sampled_tokens is not None:
             return self._forward(inputs)
-        tensors = _tensors(inputs)
-        recording = self._recordings.get(len(tensors))
-        return self._forward(inputs) if recording is None else recording(*tensors)
+        recording = self._recordings.get(len(inputs.attention.decode_groups))
+        return self._forward(inputs) if recording is None else recording(*_tensors(inputs))
 
     def capture(self, inputs: ModelInputs) -> None:
         """Records a step of decoding rows; it is run, so it writes its slots of the cache."""
-        tensors = _tensors(inputs)
-        self._recordings[len(tensors)] = record(
-            lambda *each: self._forward(_replaced(inputs, each)), tensors
+        self._recordings[len(inputs.attention.decode_groups)] = record(
+            lambda *tensors: self._forward(_replaced(inputs, tensors)), _tensors(inputs)
         )
 
 
@@ -75,7 +76,7 @@ def record(function: Callable[..., Any], tensors: tuple[torch.Tensor, ...]) -> C
 
 
 def captured_decode(forward: Forward, cache: KVCache, buffers: InputBuffers) -> CapturedDecode:
-    """Captures both kinds of step, on blocks that nobody uses yet.
+    """Captures every kind of step, on blocks that nobody uses yet.
 
     Args:
         forward: The model.
@@ -83,10 +84,25 @@ def captured_decode(forward: Forward, cache: KVCache, buffers: InputBuffers) -> 
         buffers: Makes the inputs.
     """
     captured = CapturedDecode(forward)
-    for num_rows in (1, 2):
-        captured.capture(buffers.build(decode_batch(num_rows), cache))
+    captured.capture(buffers.build(decode_batch(1), cache))
+    for num_groups in range(1, MAX_DECODE_GROUPS + 1):
+        inputs = buffers.build(decode_batch(2 * num_groups), cache)
+        captured.capture(inputs if num_groups == 1 else _in_pairs(inputs))
     cache.fill([0], 0.0)
     return captured
+
+
+def _in_pairs(inputs: ModelInputs) -> ModelInputs:
+    """Puts each two rows of a step, all of them in one group, into a group of their own."""
+    (group,) = inputs.attention.decode_groups
+    num_rows = inputs.attention.num_decodes
+    tables, *masks = (each.chunk(num_rows // 2) for each in (group.block_tables, *group.masks))
+    attention = replace(
+        inputs.attention,
+        decode_groups=tuple(map(DecodeGroup, tables, zip(*masks, strict=True))),
+        decode_order=torch.arange(num_rows),
+    )
+    return replace(inputs, attention=attention)
 
 
 def decode_batch(num_rows: int) -> ScheduledBatch:
@@ -101,22 +117,32 @@ def decode_batch(num_rows: int) -> ScheduledBatch:
 
 
 def _tensors(inputs: ModelInputs) -> tuple[torch.Tensor, ...]:
-    """What differs from step to step."""
+    """What differs from step to step of a kind."""
     attention = inputs.attention
-    every_kind = (inputs.token_ids, inputs.cache, attention.positions, attention.slot_mapping)
-    if attention.decode_block_tables is None:
-        return every_kind
-    return (*every_kind, attention.decode_block_tables, *attention.decode_masks)
+    order = () if attention.decode_order is None else (attention.decode_order,)
+    groups = ((group.block_tables, *group.masks) for group in attention.decode_groups)
+    return (
+        inputs.token_ids,
+        inputs.cache,
+        attention.positions,
+        attention.slot_mapping,
+        *order,
+        *itertools.chain.from_iterable(groups),
+    )
 
 
 def _replaced(inputs: ModelInputs, tensors: tuple[torch.Tensor, ...]) -> ModelInputs:
     """The inverse of `_tensors`."""
-    token_ids, cache, positions, slot_mapping, *gathered = tensors
+    rest = iter(tensors)
+    token_ids, cache, positions, slot_mapping = itertools.islice(rest, 4)
     attention = replace(
         inputs.attention,
         positions=positions,
         slot_mapping=slot_mapping,
-        decode_block_tables=gathered[0] if gathered else None,
-        decode_masks=tuple(gathered[1:]),
+        decode_order=None if inputs.attention.decode_order is None else next(rest),
+        decode_groups=tuple(
+            DecodeGroup(next(rest), tuple(itertools.islice(rest, len(group.masks))))
+            for group in inputs.attention.decode_groups
+        ),
     )
     return replace(inputs, token_ids=token_ids, cache=cache, attention=attention)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from mini_infer_engine.batch import Ints, ScheduledBatch
+from mini_infer_engine.decode_groups import MAX_DECODE_GROUPS, group_rows
 from mini_infer_engine.kv_cache import KVCache
-from mini_infer_engine.layers.attention import AttentionInputs
+from mini_infer_engine.layers.attention import AttentionInputs, DecodeGroup
 from mini_infer_engine.lone_row import are_neighbours, lone_blocks
 
 _FIRST_ROW: Ints = np.zeros(1, np.int64)
@@ -60,6 +61,8 @@ class InputBuffers:
         self._dtype = dtype
         self._windows = windows
         self._needs_rotation_lens = needs_rotation_lens
+        # The kernels of a GPU read each row's own blocks, however many the others have.
+        self._max_groups = MAX_DECODE_GROUPS if device.type == "cpu" else 1
 
     def build(self, batch: ScheduledBatch, cache: KVCache) -> ModelInputs:
         """The inputs of a batch that is not empty."""
@@ -90,8 +93,8 @@ class InputBuffers:
             rotation_lens=self._rotation_lens(batch, batch.num_computed_tokens, _FIRST_ROW),
             slot_mapping=position,
             num_decodes=1,
-            decode_block_tables=None,
-            decode_masks=(),
+            decode_groups=(),
+            decode_order=None,
             prefill_block_tables=None,
             prefill_lens=[],
             prefill_context_lens=[],
@@ -115,17 +118,16 @@ class InputBuffers:
         slots = blocks * self._block_size + positions % self._block_size
         contexts = starts + lengths
         split = batch.num_decodes
-        num_decode_blocks = -(-int(contexts[:split].max(initial=0)) // self._block_size)
+        groups = group_rows(-(-contexts[:split] // self._block_size), self._max_groups)
         attention = AttentionInputs(
             positions=self._to_device(positions),
             rotation_lens=self._rotation_lens(batch, positions, rows),
             slot_mapping=self._to_device(slots),
             num_decodes=split,
-            decode_block_tables=self._to_device(batch.block_tables[:split, :num_decode_blocks]),
-            decode_masks=tuple(
-                self._decode_mask(contexts[:split], num_decode_blocks, window)
-                for window in self._windows
+            decode_groups=tuple(
+                self._decode_group(batch.block_tables[group], contexts[group]) for group in groups
             ),
+            decode_order=self._to_device(np.concatenate(groups)) if len(groups) > 1 else None,
             prefill_block_tables=self._to_device(batch.block_tables[split:]),
             prefill_lens=lengths[split:].tolist(),
             prefill_context_lens=contexts[split:].tolist(),
@@ -135,6 +137,16 @@ class InputBuffers:
             cache=cache.layers,
             attention=attention,
             sampled_tokens=self._sampled_tokens(batch, ends),
+        )
+
+    def _decode_group(self, block_tables: Ints, contexts: Ints) -> DecodeGroup:
+        """What rows with these blocks gather, and what each of them sees of it."""
+        num_blocks = -(-int(contexts.max()) // self._block_size)
+        return DecodeGroup(
+            block_tables=self._to_device(block_tables[:, :num_blocks]),
+            masks=tuple(
+                self._decode_mask(contexts, num_blocks, window) for window in self._windows
+            ),
         )
 
     def _sampled_tokens(self, batch: ScheduledBatch, ends: Ints) -> torch.Tensor | None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mini_infer_engine.step_costs import StepCosts
+from mini_infer_engine.step_costs import StepCosts, StepWork
+
+# Share of the target that a step may take by prediction: some steps take a little longer, and the
+# tokens are still to be delivered.
+_AIM = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +25,7 @@ class SchedulerLimits:
 
 
 class StepBudget:
-    """How many prompt tokens a step may compute beside those that decode."""
+    """How many prompt tokens a step may compute beside what it does already."""
 
     def __init__(self, limits: SchedulerLimits, costs: StepCosts, block_size: int) -> None:
         """Takes what it depends on.
@@ -35,11 +39,17 @@ class StepBudget:
         self._costs = costs
         self._block_size = block_size
 
-    def prefill_tokens(self, num_decodes: int) -> int:
-        """Prompt tokens of a step in which so many sequences decode."""
-        budget = self._limits.max_num_batched_tokens - num_decodes
+    def prefill_tokens(self, work: StepWork, num_context_tokens: float = 0) -> int:
+        """Tokens that one more prompt may have in a step; 0 where the step is full.
+
+        Args:
+            work: What the step does already.
+            num_context_tokens: Tokens of the prompt that are in the cache before.
+        """
+        left = self._limits.max_num_batched_tokens - work.num_decodes - work.num_prefill_tokens
         target_ms = self._limits.target_itl_ms
-        if target_ms is None or not num_decodes:
-            return budget
-        within = self._costs.prefill_tokens_within(target_ms / 1e3, num_decodes)
-        return min(budget, max(within, self._block_size))
+        if target_ms is None or not work.num_decodes:
+            return left
+        aim_s = _AIM * target_ms / 1e3
+        within = self._costs.prefill_tokens_within(aim_s, work, num_context_tokens)
+        return min(left, max(within, self._block_size - work.num_prefill_tokens))

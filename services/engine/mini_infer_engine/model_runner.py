@@ -98,6 +98,9 @@ class ModelRunner:
             return tokens
         logits = self._forward(self._buffers.build(batch, cache))
         if not len(batch.sampling.rows):
+            if logits.is_cuda:
+                # Nothing is read back that would wait for it, but how long it took is learnt.
+                torch.cuda.current_stream(logits.device).synchronize()
             return NO_TOKENS
         return StepTokens(*sample(logits, batch.sampling))
 

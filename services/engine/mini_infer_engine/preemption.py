@@ -5,7 +5,7 @@ from __future__ import annotations
 from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sequence import Sequence, SequenceStatus
-from mini_infer_engine.step_costs import StepCosts
+from mini_infer_engine.step_costs import NO_WORK, StepCosts, StepWork
 from mini_infer_engine.waiting_queue import WaitingQueue, scheduling_key
 
 
@@ -35,17 +35,20 @@ class Preemption:
     def preempt(self, sequence: Sequence, now: float) -> None:
         """Takes a running sequence's blocks and lets it wait, before new ones of its class."""
         num_tokens = sequence.num_computed_tokens
-        swap_s = self._costs.swap_seconds(self._blocks.pool.blocks_for(num_tokens))
-        is_swap = self._blocks.can_swap_out(sequence)
-        if is_swap and swap_s < self._costs.recompute_seconds(num_tokens):
+        there_and_back = StepWork(num_swapped_blocks=2 * self._blocks.pool.blocks_for(num_tokens))
+        swap_s = self._costs.added_seconds(there_and_back)
+        recompute_s = self._costs.added_seconds(NO_WORK.with_chunk(num_tokens, 0))
+        if self._blocks.can_swap_out(sequence) and swap_s < recompute_s:
             self._blocks.swap_out(sequence)
             self.num_swaps += 1
         else:
             self._blocks.release(sequence)
             sequence.num_computed_tokens = 0
             self.num_recomputes += 1
+        sequence.num_pending_tokens = self._blocks.num_pending_tokens(sequence)
         self._running.remove(sequence)
         sequence.num_preemptions += 1
+        sequence.times.last_preemption = now
         sequence.was_running = True
         sequence.status = SequenceStatus.WAITING
         self._waiting.add(sequence, now)
@@ -80,7 +83,9 @@ class Preemption:
         first = self._waiting.first()
         if first is None or not self._running or self._running.last.priority <= first.priority:
             return
-        needed = self._blocks.pool.blocks_for(first.num_tokens) + num_spare
+        if first.must_wait_for_parent:
+            return
+        needed = self._blocks.num_blocks_to_join(first) + num_spare
         num_free = self._blocks.pool.num_free
         victims: list[Sequence] = []
         for victim in reversed(self._running):
@@ -91,6 +96,6 @@ class Preemption:
             if not is_lower or scheduling_key(victim) < scheduling_key(first):
                 return  # there would still be no room
             victims.append(victim)
-            num_free += len(victim.block_table)
+            num_free += sum(map(self._blocks.pool.is_held_once, victim.block_table))
         for victim in victims:
             self.preempt(victim, now)

@@ -139,14 +139,15 @@ class Scheduler:
                 is not expected to get its first token in time.
         """
         group = [sequence, *siblings]
-        keys = [each.key for each in group]
-        for index, key in enumerate(keys):
-            if key in self._sequences or key in keys[:index]:
-                message = f"stream {key.stream} exists already"
-                raise MiniInferError(ErrorReason.DUPLICATE_REQUEST_ID, message)
+        keys = {each.key for each in group}
+        if len(keys) < len(group) or not keys.isdisjoint(self._sequences):
+            streams = ", ".join(str(each.key.stream) for each in group)
+            message = f"one of the streams {streams} exists already"
+            raise MiniInferError(ErrorReason.DUPLICATE_REQUEST_ID, message)
         for each in group:
             self._num_arrivals += 1
             each.arrival_number = self._num_arrivals
+            each.num_pending_tokens = self.blocks.num_pending_tokens(each)
         self._admission.check(group, now)
         for each in group:
             self._sequences[each.key] = each
@@ -209,7 +210,8 @@ class Scheduler:
         if batch.is_empty:
             return updates
         step = self._launched.pop(batch.step)
-        self._note_costs(batch, step, now)
+        self._num_prefill_tokens += step.work.num_prefill_tokens
+        self.costs.note(work=step.work, seconds=now - step.started)
         sampled = batch.sampling.rows
         chosen = dict(zip(sampled.tolist(), tokens.token_ids.tolist(), strict=True))
         failed = set(sampled[~tokens.finite].tolist())
@@ -276,7 +278,7 @@ class Scheduler:
 
     def _continue_running(self, now: float) -> StepPlan:
         """A step of those that run: first one token for each of which just that is left."""
-        plan = StepPlan()
+        decodes: list[Sequence] = []
         unfinished: list[Sequence] = []
         block_size = self.blocks.pool.block_size
         for sequence in list(self._running):
@@ -285,20 +287,24 @@ class Scheduler:
                 if not self._preemption.make_room(sequence, now):
                     break  # it was the last one
             if sequence.num_computed_tokens == num_tokens - 1:
-                plan.decodes.append(sequence)
+                decodes.append(sequence)
             else:
                 unfinished.append(sequence)
-        plan.budget = self._budget.prefill_tokens(len(plan.decodes))
+        plan = StepPlan(decodes)
         for sequence in unfinished:
-            if plan.budget > 0 and sequence.status is SequenceStatus.RUNNING:
-                plan.give(sequence)
+            if sequence.status is SequenceStatus.RUNNING:
+                most = self._budget.prefill_tokens(plan.work, sequence.num_computed_tokens)
+                if most > 0:
+                    plan.give(sequence, most)
         return plan
 
     def _admit_waiting(self, plan: StepPlan, now: float) -> None:
         """Lets those that wait join while tokens, places and blocks are left."""
-        while plan.budget > 0 and self._running.num_free_slots:
-            sequence = self._waiting.first()
-            if sequence is None or _must_wait_for_parent(sequence):
+        while self._running.num_free_slots and self._budget.prefill_tokens(plan.work) > 0:
+            # Those whose parent is still at their prompt let others go before them.
+            ready = (each for each in self._waiting if not each.must_wait_for_parent)
+            sequence = next(ready, None)
+            if sequence is None:
                 return
             # Room for all of it, not just for this step's part: a sequence that joined without
             # would soon have to leave again.
@@ -311,19 +317,11 @@ class Scheduler:
                 cached = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
                 sequence.num_cached_tokens = cached
                 sequence.times.note_first_step(now, self.num_steps + 1)
-            plan.give(sequence)
+            # What of it is cached is known only now. It has joined, so it gets a token at least.
+            most = self._budget.prefill_tokens(plan.work, sequence.num_computed_tokens)
+            plan.give(sequence, max(1, most))
 
     # --- how sequences go on and end ------------------------------------------------------------
-
-    def _note_costs(self, batch: ScheduledBatch, step: LaunchedStep, now: float) -> None:
-        num_prefill_tokens = batch.num_tokens - batch.num_decodes
-        self._num_prefill_tokens += num_prefill_tokens
-        self.costs.note(
-            num_decodes=batch.num_decodes,
-            num_prefill_tokens=num_prefill_tokens,
-            num_swapped_blocks=step.num_swapped_blocks,
-            seconds=now - step.started,
-        )
 
     def _finish(
         self, sequence: Sequence, start: int, code: FinishCode, updates: StepUpdates, now: float
@@ -372,13 +370,3 @@ class Scheduler:
         """Frees an ended sequence's blocks unless a launched step still reads or writes them."""
         if sequence.num_in_flight == 0:
             self.blocks.release(sequence)
-
-
-def _must_wait_for_parent(sequence: Sequence) -> bool:
-    """Whether the prompt that the sequence shares is just being computed."""
-    parent = sequence.parent
-    return (
-        parent is not None
-        and parent.status is SequenceStatus.RUNNING
-        and parent.num_computed_tokens < sequence.num_prompt_tokens
-    )

@@ -89,7 +89,9 @@ def main(
     address: Annotated[str, typer.Option(help="Where to listen for gateways, ipc://.")],
     model: Annotated[str, typer.Option(help="Model folder; empty means the demo model.")] = "",
     step_ms: Annotated[float, typer.Option(help="Milliseconds that a step takes.")] = 1.0,
-    tokens_per_row: Annotated[int, typer.Option(help="Tokens of a row and step.")] = 1,
+    tokens_per_row: Annotated[
+        int, typer.Option(min=1, max=16, help="Tokens of a row and step.")
+    ] = 1,
     max_num_seqs: Annotated[int, typer.Option(help="Sequences in a step at most.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in a step.")] = 8192,
     num_blocks: Annotated[int, typer.Option(help="Blocks of 16 tokens.")] = 65536,
@@ -108,7 +110,9 @@ def main(
     runner = ScriptedRunner(ordinary_ids, step_ms / 1e3, tokens_per_row)
     step_s = max(step_ms / 1e3, 1e-6)
     # The time of a step does not depend on what is in it.
-    costs = StepCoefficients(step_s=step_s, row_s=1e-9, token_s=1e-9, block_s=1e-9)
+    costs = StepCoefficients(
+        step_s=step_s, row_s=1e-9, context_s=1e-12, token_s=1e-9, pair_s=1e-12, block_s=1e-9
+    )
     scheduler = build_scheduler(config, num_blocks=num_blocks, num_host_blocks=0, costs=costs)
     serve(served, scheduler, runner, address, seconds_per_token=step_s)
 

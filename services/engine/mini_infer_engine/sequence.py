@@ -35,9 +35,15 @@ class SequenceTimes:
     """Monotonic times (seconds) and step numbers of a sequence's life; None = not yet."""
 
     arrival: float = field(default_factory=time.monotonic)
+    last_preemption: float | None = None
     first_step: float | None = None
     first_token: float | None = None
     first_step_number: int = 0
+
+    @property
+    def waiting_since(self) -> float:
+        """When it came, or lost its blocks for the last time."""
+        return self.arrival if self.last_preemption is None else self.last_preemption
 
     def note_first_step(self, now: float, step: int) -> None:
         """The sequence joins the running batch; only the first time counts."""
@@ -96,6 +102,8 @@ class Sequence:
         arrival_number: Its place among all sequences, in the order in which they came.
         parent: The sequence whose prompt it shares, until it has joined; or None.
         status: Where it is.
+        num_pending_tokens: Tokens that it is expected to compute when it joins, as it looked when
+            it began to wait.
         was_running: Whether it has lost its blocks since it first ran.
         slot: Its row of the running batch's columns, while it runs.
         num_in_flight: Launched steps that name it.
@@ -126,6 +134,7 @@ class Sequence:
         "num_committed_blocks",
         "num_computed_tokens",
         "num_in_flight",
+        "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
         "num_turned_together",
@@ -188,6 +197,7 @@ class Sequence:
         self.arrival_number = 0
         self.parent = None if may_turn else parent
         self.status = SequenceStatus.WAITING
+        self.num_pending_tokens = self.num_tokens
         self.was_running = False
         self.slot = -1
         self.num_in_flight = 0
@@ -212,6 +222,16 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Tokens of output: also the output position of the next one."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def must_wait_for_parent(self) -> bool:
+        """Whether the prompt that it shares is just being computed."""
+        parent = self.parent
+        return (
+            parent is not None
+            and parent.status is SequenceStatus.RUNNING
+            and parent.num_computed_tokens < self.num_prompt_tokens
+        )
 
     @property
     def ends_are_banned(self) -> bool:

@@ -10,11 +10,14 @@ from mini_infer.errors import ConfigError, ErrorReason, MiniInferError
 from mini_infer.messages import PROTOCOL_VERSION, EngineWelcome
 from mini_infer.model_folder import tokenizer_hash
 from mini_infer.sampling_params import (
+    MAX_CHOICES,
     MAX_SEED,
     MAX_TEMPERATURE,
+    MAX_TOP_K,
     GenerationDefaults,
     ResolvedSampling,
 )
+from mini_infer.scheduling_params import MAX_PRIORITY
 
 from mini_infer_engine.generation_config import read_generation_defaults
 from mini_infer_engine.model_config import ModelConfig, model_fingerprint
@@ -69,8 +72,10 @@ class ServedModel:
             MiniInferError: INVALID_FIELD or CONTEXT_LENGTH_EXCEEDED.
         """
         problem = self._problem(prompt_ids, output_ids, sampling)
-        if len(keys) > 1 and output_ids:
-            problem = "expected no resumed tokens of several sequences at once"
+        if len(keys) > MAX_CHOICES or (len(keys) > 1 and output_ids):
+            problem = f"expected at most {MAX_CHOICES} sequences, or one that is resumed"
+        if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            problem = f"expected a priority from -{MAX_PRIORITY} to {MAX_PRIORITY}"
         if problem:
             raise MiniInferError(ErrorReason.INVALID_FIELD, problem)
         if len(prompt_ids) + sampling.max_tokens > self.max_model_len:
@@ -108,8 +113,10 @@ class ServedModel:
             return f"expected token ids from 0 to {self.config.vocab_size - 1}"
         if not 0 <= sampling.temperature <= MAX_TEMPERATURE or not 0 < sampling.top_p <= 1:
             return "expected a temperature from 0 to 100 and a top_p above 0 and at most 1"
-        if sampling.top_k < 0 or not 0 <= sampling.seed <= MAX_SEED or sampling.min_tokens < 0:
-            return "expected a top_k, a 64-bit seed and min_tokens that are not negative"
+        if not 0 <= sampling.top_k <= MAX_TOP_K or not 0 <= sampling.seed <= MAX_SEED:
+            return f"expected a top_k from 0 to {MAX_TOP_K} and a seed of 64 bits"
+        if not 0 <= sampling.min_tokens <= sampling.max_tokens:
+            return "expected min_tokens from 0 to max_tokens"
         if len(output_ids) >= sampling.max_tokens:
             return f"expected fewer resumed tokens than max_tokens, got {len(output_ids)}"
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mini_infer_engine.sequence import Sequence
+from mini_infer_engine.step_costs import StepWork
 
 
 @dataclass(slots=True)
@@ -14,27 +15,34 @@ class StepPlan:
     Attributes:
         decodes: Sequences of which one token is left to compute.
         prefills: The other ones, each with how many of its tokens.
-        budget: Tokens that can still be given out, the decoding ones aside.
+        work: What all of them come to.
     """
 
-    decodes: list[Sequence] = field(default_factory=list)
+    decodes: list[Sequence]
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
-    budget: int = 0
+    work: StepWork = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Adds up the work of those that decode."""
+        num_context_tokens = sum([each.num_computed_tokens for each in self.decodes])
+        self.work = StepWork(len(self.decodes), num_context_tokens)
 
     @property
     def is_empty(self) -> bool:
         """Whether nobody takes part."""
         return not self.decodes and not self.prefills
 
-    def give(self, sequence: Sequence) -> None:
-        """Lets a sequence have what is left of it, as far as the budget goes."""
-        num_left = sequence.num_tokens - sequence.num_computed_tokens
+    def give(self, sequence: Sequence, most: int) -> None:
+        """Lets a sequence have what is left of it, at most so many tokens (at least one)."""
+        num_context_tokens = sequence.num_computed_tokens
+        num_left = sequence.num_tokens - num_context_tokens
         if num_left == 1:
             self.decodes.append(sequence)
+            self.work = self.work.with_row(num_context_tokens)
         else:
-            num_left = min(num_left, self.budget)
-            self.prefills.append((sequence, num_left))
-        self.budget -= num_left
+            count = min(num_left, most)
+            self.prefills.append((sequence, count))
+            self.work = self.work.with_chunk(count, num_context_tokens)
 
     def launch(self, num_swapped_blocks: int, now: float) -> LaunchedStep:
         """The step as it begins; from now on it names its sequences."""
@@ -42,7 +50,8 @@ class StepPlan:
         num_tokens = [1] * len(self.decodes) + [count for _, count in self.prefills]
         for sequence in sequences:
             sequence.num_in_flight += 1
-        return LaunchedStep(sequences, num_tokens, num_swapped_blocks, now)
+        work = self.work._replace(num_swapped_blocks=num_swapped_blocks)
+        return LaunchedStep(sequences, num_tokens, work, now)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +61,11 @@ class LaunchedStep:
     Attributes:
         sequences: [S] its rows.
         num_scheduled_tokens: [S] tokens of each.
-        num_swapped_blocks: Blocks that are copied between device and host before.
+        work: What it does, swaps included.
         started: Monotonic time at which it was scheduled.
     """
 
     sequences: list[Sequence]
     num_scheduled_tokens: list[int]
-    num_swapped_blocks: int
+    work: StepWork
     started: float

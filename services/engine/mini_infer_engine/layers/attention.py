@@ -16,6 +16,20 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """R rows of one token each that gather equally many blocks.
+
+    Attributes:
+        block_tables: [R, B] int64; B are the blocks that the longest of them uses.
+        masks: For each of the model's windows [R, 1, 1, B * block_size], 0 or -inf, in the model's
+            data type.
+    """
+
+    block_tables: torch.Tensor
+    masks: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionInputs:
     """What the layers need to know of a batch of S sequences and T tokens, on the device.
 
@@ -27,10 +41,10 @@ class AttentionInputs:
             the model does not ask (see `layers/rotary.py`).
         slot_mapping: [T] int64, the slot of each token.
         num_decodes: Rows at the front with one token.
-        decode_block_tables: [num_decodes, B] int64; B are the blocks that the longest row uses.
-            None where the cache that the layers get is one row's tokens in order.
-        decode_masks: For each of the model's windows [num_decodes, 1, 1, B * block_size], 0 or
-            -inf, in the model's data type; empty where there are no block tables.
+        decode_groups: Groups of these rows. Empty where there are no such rows, or where the cache
+            that the layers get is the only row's tokens in order.
+        decode_order: [num_decodes] int64, the rows of the first group, then those of the next;
+            None where all are in one group or none.
         prefill_block_tables: [S - num_decodes, B'] int64, or None where there are none.
         prefill_lens: Tokens of each other row.
         prefill_context_lens: Tokens of each other row in the cache, its new ones included.
@@ -40,8 +54,8 @@ class AttentionInputs:
     rotation_lens: torch.Tensor | None
     slot_mapping: torch.Tensor
     num_decodes: int
-    decode_block_tables: torch.Tensor | None
-    decode_masks: tuple[torch.Tensor, ...]
+    decode_groups: tuple[DecodeGroup, ...]
+    decode_order: torch.Tensor | None
     prefill_block_tables: torch.Tensor | None
     prefill_lens: list[int]
     prefill_context_lens: list[int]
@@ -154,15 +168,36 @@ class Attention:
     def _decode(
         self, query: torch.Tensor, cache: torch.Tensor, inputs: AttentionInputs
     ) -> torch.Tensor:
-        tables, mask = inputs.decode_block_tables, None
-        if tables is not None:
-            mask = inputs.decode_masks[self._window_index]
-        elif self._window is not None:
-            cache = cache[:, -self._window :]
+        groups = inputs.decode_groups
+        if not groups:
+            window = cache if self._window is None else cache[:, -self._window :]
+            return self._decode_rows(query, window, None, None)
+        if inputs.decode_order is None:
+            return self._decode_group(query, cache, groups[0])
+        sizes = [group.block_tables.shape[0] for group in groups]
+        queries = query.index_select(0, inputs.decode_order).split_with_sizes(sizes)
+        attended = [
+            self._decode_group(rows, cache, group)
+            for rows, group in zip(queries, groups, strict=True)
+        ]
+        return torch.empty_like(query).index_copy_(0, inputs.decode_order, torch.cat(attended))
+
+    def _decode_group(
+        self, query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup
+    ) -> torch.Tensor:
+        return self._decode_rows(query, cache, group.block_tables, group.masks[self._window_index])
+
+    def _decode_rows(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        block_tables: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         return self._kernels.decode_attention(
             query,
             cache,
-            tables,
+            block_tables,
             mask,
             self._config.attention_scale,
             softcap=self._config.attention_softcap,
