@@ -62,6 +62,8 @@ MARGIN = 1.75
 KV_CACHE_TOKENS = 128 * 1024
 MAX_CACHE_SHARE = 0.8
 """Of the streams: nothing is preempted while the rest is room for long prompts."""
+ROOM = int(MAX_CACHE_SHARE * KV_CACHE_TOKENS) // NUM_STREAMS - STREAM_PROMPT_TOKENS
+"""Output tokens of a stream at most."""
 UNCHUNKED = "unchunked"
 
 
@@ -113,7 +115,7 @@ def calibrate(engine: LocalEngine, prompt_tokens: int, arrivals: int, budget: in
     streams, prompts = split(run)
     end = max(each.token_times[-1] for each in prompts)
     needed = max(bisect.bisect(each.token_times, end) for each in streams)
-    return Calibration(min(length, math.ceil(MARGIN * needed)), figures(run).itl_p50)
+    return Calibration(min(ROOM, math.ceil(MARGIN * needed)), figures(run).itl_p50)
 
 
 def most_stream_tokens(engine: LocalEngine, prompt_tokens: int, arrivals: int) -> int:
@@ -135,7 +137,7 @@ def most_stream_tokens(engine: LocalEngine, prompt_tokens: int, arrivals: int) -
         )
     decode_s = median(each.seconds for each in steps if not each.num_prefill_tokens)
     length = math.ceil((arrivals + 1) * INTERVAL_S / decode_s)
-    if NUM_STREAMS * (STREAM_PROMPT_TOKENS + length) > MAX_CACHE_SHARE * KV_CACHE_TOKENS:
+    if length > ROOM:
         raise SystemExit(
             f"streams of {length} tokens would fill the KV cache: pass fewer --arrivals"
         )
@@ -163,7 +165,7 @@ def split(run: Run) -> tuple[list[Stream], list[Stream]]:
     if max(each.token_times[-1] for each in prompts) > min(
         each.token_times[-1] for each in streams
     ):
-        raise RuntimeError("the streams ended before the last long prompt was computed: run again")
+        raise RuntimeError("the streams ended before the last long prompt was computed")
     return streams, prompts
 
 
@@ -257,6 +259,34 @@ def checks_of(runs: dict[str, list[Run]], device: str) -> list[Check]:
     return checks
 
 
+def measured(
+    engine: LocalEngine,
+    settings: dict[str, dict[str, Any]],
+    stream_tokens: int,
+    arguments: Namespace,
+    arrivals: int,
+) -> dict[str, list[Run]] | None:
+    """Runs all sides in turns; None where the streams of one were too short, but might be longer.
+
+    Raises:
+        RuntimeError: They were too short, and the cache has no room for longer ones.
+    """
+    requests = workload(engine, arguments.prompt_tokens, arrivals, stream_tokens)
+    runs: dict[str, list[Run]] = {name: [] for name in settings}
+    for _ in range(1 if arguments.quick else arguments.turns):
+        for name, each in settings.items():
+            run = engine.run(engine.scheduler(**each), requests)
+            try:
+                split(run)
+            except RuntimeError as error:
+                if stream_tokens >= ROOM:
+                    raise
+                print(f"{name}, {stream_tokens} tokens a stream: {error}", file=sys.stderr)
+                return None
+            runs[name].append(run)
+    return runs
+
+
 def main() -> int:
     """Measures, prints, writes the result; 1 where a bound is missed."""
     parser = argument_parser(__doc__)
@@ -278,17 +308,15 @@ def main() -> int:
             )
         )
     calibration = calibrate(engine, arguments.prompt_tokens, arrivals, arguments.budget)
-    requests = workload(engine, arguments.prompt_tokens, arrivals, calibration.stream_tokens)
     settings = sides(calibration, arguments)
-    runs: dict[str, list[Run]] = {name: [] for name in settings}
-    for _ in range(1 if arguments.quick else arguments.turns):
-        for name, each in settings.items():
-            runs[name].append(engine.run(engine.scheduler(**each), requests))
+    stream_tokens = calibration.stream_tokens
+    while (runs := measured(engine, settings, stream_tokens, arguments, arrivals)) is None:
+        stream_tokens = min(ROOM, 3 * stream_tokens // 2)
     cases = [
         {
             "case": "workload",
             "num_streams": NUM_STREAMS,
-            "output_tokens_each": calibration.stream_tokens,
+            "output_tokens_each": stream_tokens,
             "arrivals": arrivals,
             "prompt_tokens": arguments.prompt_tokens,
             "decode_step_ms": round(calibration.decode_ms, 2),

@@ -24,7 +24,7 @@ from mini_infer_engine.loader import Progress, check_weights, load_weights
 from mini_infer_engine.lone_row import LoneRow, num_lone_row_blocks
 from mini_infer_engine.memory import CacheSize, available_bytes, free_memory, size_cache
 from mini_infer_engine.merged_decode import MERGED_ROUNDS, MergedDecode
-from mini_infer_engine.model_config import read_model_config
+from mini_infer_engine.model_config import ModelConfig, read_model_config
 from mini_infer_engine.model_runner import EagerForward, Forward, ModelRunner
 from mini_infer_engine.models import MODELS
 from mini_infer_engine.scheduler import Scheduler
@@ -38,9 +38,6 @@ log = structlog.get_logger("engine")
 SMALL_MODEL_BYTES = 2**27
 """Of weights. A layer's products take microseconds then, and a thread that was put aside for
 another process makes each of them wait for milliseconds."""
-
-_CONTEXT_SHARE = 1e-3
-"""What a token that another one attends to costs at first, over what a computed token costs."""
 
 _NO_SWAPS_S = 1e-6
 """In place of the time of a swapped block, where none is ever swapped."""
@@ -130,7 +127,9 @@ def build_engine(
     return Engine(
         config=config,
         served=served,
-        scheduler=_make_scheduler(config, cache_size, _first_costs(times)),
+        scheduler=_make_scheduler(
+            config, cache_size, _first_costs(times, cache_size, model, served.config)
+        ),
         runner=runner,
         model=model,
         cache_size=cache_size,
@@ -149,14 +148,25 @@ def _make_scheduler(
     )
 
 
-def _first_costs(times: StepTimes) -> StepCoefficients:
-    """What the scheduler expects of steps at first."""
+def _first_costs(
+    times: StepTimes, size: CacheSize, model: CausalLM, config: ModelConfig
+) -> StepCoefficients:
+    """What the scheduler expects of steps at first.
+
+    A trial has no context to speak of, so what that costs is reckoned (derived here). A decoding
+    row reads the K and V of its context as fast as a step reads the weights. A pair of tokens takes
+    4 * heads * head_dim operations a layer, queries by keys and weights by values; a token takes 2
+    for each weight.
+    """
+    spec = size.spec
+    bytes_per_token = spec.bytes_per_block / spec.block_size
+    pair_share = 2 * spec.num_layers * config.num_q_heads * spec.head_dim / config.num_parameters
     return StepCoefficients(
         step_s=times.step_s,
         row_s=times.token_s,
-        context_s=times.token_s * _CONTEXT_SHARE,
+        context_s=times.step_s * bytes_per_token / model.num_bytes,
         token_s=times.token_s,
-        pair_s=times.token_s * _CONTEXT_SHARE,
+        pair_s=times.token_s * pair_share,
         block_s=times.swapped_block_s or _NO_SWAPS_S,
     )
 
