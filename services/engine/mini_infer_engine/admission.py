@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence as Seq
 
 from mini_infer.errors import ErrorReason, MiniInferError
@@ -21,7 +20,6 @@ class Admission:
 
     Attributes:
         completions: How often sequences end, as the scheduler tells.
-        refusals: Requests refused so far, by reason.
     """
 
     def __init__(
@@ -34,7 +32,6 @@ class Admission:
     ) -> None:
         """Takes what it looks at."""
         self.completions = CompletionRate()
-        self.refusals: Counter[ErrorReason] = Counter()
         self._limits = limits
         self._costs = costs
         self._untaught = costs.untaught()
@@ -53,13 +50,9 @@ class Admission:
         Raises:
             MiniInferError: KV_EXHAUSTED, QUEUE_FULL or DEADLINE_UNREACHABLE.
         """
-        try:
-            self._check_size(group[0])
-            self._check_queue(group, now)
-            self._check_deadline(group[0], now)
-        except MiniInferError as error:
-            self.refusals[error.reason] += 1
-            raise
+        self._check_size(group[0])
+        self._check_queue(group, now)
+        self._check_deadline(group[0], now)
 
     def queue_problem(self, group: Seq[Sequence]) -> str | None:
         """What keeps sequences that share a prompt from queueing now; None where nothing does.

@@ -129,15 +129,16 @@ class EngineLoop:
         budget_ms = submit.budget_ms
         deadline = None if budget_ms == NO_BUDGET else command.received + budget_ms / 1e3
         try:
-            sequences = self._served.sequences(
-                keys,
-                submit.prompt_ids,
-                submit.sampling,
-                output_ids=submit.output_ids,
-                deadline=deadline,
-                priority=submit.priority,
-                cache_scope=(submit.principal, submit.cache_salt),
-            )
+            with self._scheduler.counting_refusals():
+                sequences = self._served.sequences(
+                    keys,
+                    submit.prompt_ids,
+                    submit.sampling,
+                    output_ids=submit.output_ids,
+                    deadline=deadline,
+                    priority=submit.priority,
+                    cache_scope=(submit.principal, submit.cache_salt),
+                )
             self._scheduler.add(*sequences, now=time.monotonic())
         except MiniInferError as error:
             for key in keys:

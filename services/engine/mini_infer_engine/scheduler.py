@@ -17,7 +17,10 @@ No tensors, no sockets; one thread.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.messages import NO_STOP_TOKEN, EngineCounters, FinishAccounting, FinishCode
@@ -66,6 +69,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_watermark_blocks = math.ceil(limits.kv_watermark * blocks.pool.num_blocks)
         self.num_steps = 0
+        self._refusals: Counter[str] = Counter()
         self._num_prefill_tokens = 0
         self._num_decode_tokens = 0
         self._num_expired_waiting = 0
@@ -114,8 +118,17 @@ class Scheduler:
             num_evicted_blocks=blocks.pool.num_evicted,
             num_expired_waiting=self._num_expired_waiting,
             num_expired_running=self._num_expired_running,
-            refusals={reason.value: count for reason, count in self._admission.refusals.items()},
+            refusals=dict(self._refusals),
         )
+
+    @contextmanager
+    def counting_refusals(self) -> Iterator[None]:
+        """Counts the error with which a request is refused in the block."""
+        try:
+            yield
+        except MiniInferError as error:
+            self._refusals[error.reason.value] += 1
+            raise
 
     def has_room(self, group: Seq[Sequence]) -> bool:
         """Whether sequences that share a prompt may queue, as far as the queue is concerned."""
@@ -139,16 +152,8 @@ class Scheduler:
                 is not expected to get its first token in time.
         """
         group = [sequence, *siblings]
-        keys = {each.key for each in group}
-        if len(keys) < len(group) or not keys.isdisjoint(self._sequences):
-            streams = ", ".join(str(each.key.stream) for each in group)
-            message = f"one of the streams {streams} exists already"
-            raise MiniInferError(ErrorReason.DUPLICATE_REQUEST_ID, message)
-        for each in group:
-            self._num_arrivals += 1
-            each.arrival_number = self._num_arrivals
-            each.num_pending_tokens = self.blocks.num_pending_tokens(each)
-        self._admission.check(group, now)
+        with self.counting_refusals():
+            self._check(group, now)
         for each in group:
             self._sequences[each.key] = each
             self._waiting.add(each, now)
@@ -265,6 +270,19 @@ class Scheduler:
         if not self._sequences and not launched:
             assert self.blocks.pool.num_used == 0, "an idle scheduler holds blocks"
             assert self.num_swapped == 0, "an idle scheduler has swapped sequences"
+
+    def _check(self, group: Seq[Sequence], now: float) -> None:
+        """Numbers new sequences, and raises where they cannot queue."""
+        keys = {each.key for each in group}
+        if len(keys) < len(group) or not keys.isdisjoint(self._sequences):
+            streams = ", ".join(str(each.key.stream) for each in group)
+            message = f"one of the streams {streams} exists already"
+            raise MiniInferError(ErrorReason.DUPLICATE_REQUEST_ID, message)
+        for each in group:
+            self._num_arrivals += 1
+            each.arrival_number = self._num_arrivals
+            each.num_pending_tokens = self.blocks.num_pending_tokens(each)
+        self._admission.check(group, now)
 
     # --- how schedule chooses -------------------------------------------------------------------
 

@@ -154,9 +154,10 @@ class EngineCounters(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What the scheduler has decided since the engine's start.
 
     Attributes:
-        num_prefill_tokens: Tokens computed of prompts, resumed outputs and recomputed ones.
+        num_prefill_tokens: Tokens computed of prompts, resumed outputs and recomputed ones, where
+            a step computed more than one of a sequence.
         num_decode_tokens: Output tokens made.
-        num_queried_tokens: Prompt tokens that were looked up in the prefix cache.
+        num_queried_tokens: Tokens of joining sequences that were looked up in the prefix cache.
         num_hit_tokens: Those among them that were there.
         num_recomputes: Preemptions whose tokens had to be computed again.
         num_swaps: Preemptions whose blocks went to the host's memory.
