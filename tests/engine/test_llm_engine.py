@@ -271,3 +271,24 @@ def test_priorities_of_prompts_decide_who_goes_first() -> None:
         assert ends == [2, 1, 0]
         with pytest.raises(ValueError, match="expected 2 priorities"):
             engine.generate(["a", "b"], priority=[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"priority": 101}, "priority"),
+        ({"priority": [0, "1"]}, "priority"),
+        ({"priority": 1.5}, "priority"),
+        ({"priority": "11"}, "priority"),
+        ({"cache_salt": "x" * 129}, "cache_salt"),
+        ({"cache_salt": None}, "cache_salt"),
+    ],
+)
+def test_scheduling_options_are_checked(
+    engine: LLMEngine, options: dict[str, object], field: str
+) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        engine.generate(["a", "b"], max_tokens=1, **options)
+    assert [each.field for each in refused.value.violations] == [field]
+    with pytest.raises(InvalidRequestError):
+        engine.chat([{"role": "user", "content": "a"}] * 2, max_tokens=1, priority=-101)

@@ -73,7 +73,7 @@ def test_a_prompt_above_the_budget_takes_several_steps_and_does_not_stop_others(
 def test_refusals() -> None:
     scheduler = scheduler_of(4)
     with pytest.raises(MiniInferError, match="need 5 blocks") as refused:
-        scheduler.add(make(0, 8, 9), now=0.0)
+        scheduler.add(make(0, 8, 10), now=0.0)
     assert refused.value.reason is ErrorReason.KV_EXHAUSTED
     scheduler.add(make(1, 8, 8), now=0.0)
     with pytest.raises(MiniInferError) as refused:
@@ -85,6 +85,14 @@ def test_refusals() -> None:
         scheduler.add(make(99, 1, 1), now=0.0)
     assert refused.value.reason is ErrorReason.QUEUE_FULL
     scheduler.check_integrity()
+
+
+def test_a_sequence_may_fill_every_slot() -> None:
+    # 8 prompt and 9 output tokens, of which the last is never computed.
+    scheduler = scheduler_of(4)
+    sequence = make(0, 8, 9, ignore_eos=True)
+    scheduler.add(sequence, now=0.0)
+    assert drive(scheduler) == {0: expected_output(sequence)}
 
 
 def test_rows_with_non_finite_logits_fail_alone_and_their_blocks_are_cleared() -> None:

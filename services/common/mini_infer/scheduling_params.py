@@ -17,11 +17,15 @@ def scheduling_violations(priority: int, cache_salt: str) -> list[FieldViolation
         cache_salt: Prefixes are shared only between requests of the same salt; may be empty.
     """
     violations = []
-    if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        expected = f"expected -{MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}"
+    if not isinstance(priority, int) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        expected = (
+            f"expected an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}, got {priority!r:.40}"
+        )
         violations.append(FieldViolation("priority", expected))
-    num_bytes = len(cache_salt.encode("utf-8", "surrogatepass"))
-    if num_bytes > MAX_CACHE_SALT_BYTES:
-        expected = f"expected at most {MAX_CACHE_SALT_BYTES} bytes of UTF-8, got {num_bytes}"
+    if not isinstance(cache_salt, str):
+        expected = f"expected a text, got {cache_salt!r:.40}"
+        violations.append(FieldViolation("cache_salt", expected))
+    elif len(cache_salt.encode("utf-8", "surrogatepass")) > MAX_CACHE_SALT_BYTES:
+        expected = f"expected at most {MAX_CACHE_SALT_BYTES} bytes of UTF-8, got more"
         violations.append(FieldViolation("cache_salt", expected))
     return violations

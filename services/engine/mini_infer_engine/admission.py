@@ -117,7 +117,7 @@ class Admission:
 
     def _check_size(self, sequence: Sequence) -> None:
         pool = self._blocks.pool
-        needed = pool.blocks_for(sequence.max_num_tokens)
+        needed = pool.blocks_for(sequence.max_num_tokens - 1)  # the last token is never computed
         if needed > pool.num_blocks:
             raise MiniInferError(
                 ErrorReason.KV_EXHAUSTED,

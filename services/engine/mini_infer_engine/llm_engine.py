@@ -112,14 +112,9 @@ class LLMEngine:
             else _checked_ids(each, index)
             for index, each in enumerate(texts_or_ids)
         ]
-        each_params = _one_each(params, options, len(encoded))
-        priorities = [priority] * len(encoded) if isinstance(priority, int) else priority
-        if len(priorities) != len(encoded):
-            raise ValueError(f"expected {len(encoded)} priorities, got {len(priorities)}")
-        for each in priorities:
-            if violations := scheduling_violations(each, cache_salt):
-                raise InvalidRequestError(violations)
-        return self._generate(encoded, each_params, priorities, cache_salt)
+        return self._generate(
+            encoded, _one_each(params, options, len(encoded)), priority, cache_salt
+        )
 
     def chat(
         self,
@@ -132,6 +127,8 @@ class LLMEngine:
         documents: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
+        priority: int | Sequence[int] = 0,
+        cache_salt: str = "",
         **options: Any,
     ) -> list[GenerationOutput]:
         """Answers conversations, all together; docs/chat.md tells how they become prompts.
@@ -146,6 +143,8 @@ class LLMEngine:
             documents: What the answers may rest on, such as {"title": ..., "text": ...}.
             template_kwargs: More variables for the template, such as {"enable_thinking": False}.
             chat_template: Name of the template, where the model has several.
+            priority: As `generate`, one for each conversation.
+            cache_salt: As `generate`.
             **options: Fields of `SamplingParams`, in place of `params`.
 
         Returns:
@@ -170,8 +169,9 @@ class LLMEngine:
         self._chat_templates.start()
         rendered = [self._chat_templates.render(each) for each in chats]
         encoded = [self._tokenizer.encode(each, False) for each in rendered]
-        each_params = _one_each(params, options, len(encoded))
-        return self._generate(encoded, each_params, [0] * len(encoded), "")
+        return self._generate(
+            encoded, _one_each(params, options, len(encoded)), priority, cache_salt
+        )
 
     def close(self) -> None:
         """Frees the model and its cache; the engine is not usable after. Once is enough."""
@@ -196,9 +196,16 @@ class LLMEngine:
         self,
         encoded: Sequence[list[int]],
         params: Sequence[SamplingParams],
-        priorities: Sequence[int],
+        priority: int | Sequence[int],
         cache_salt: str,
     ) -> list[GenerationOutput]:
+        is_list = isinstance(priority, Sequence) and not isinstance(priority, str)
+        priorities: Any = priority if is_list else [priority] * len(encoded)
+        if len(priorities) != len(encoded):
+            raise ValueError(f"expected {len(encoded)} priorities, got {len(priorities)}")
+        for each in priorities:
+            if violations := scheduling_violations(each, cache_salt):
+                raise InvalidRequestError(violations)
         groups = [
             self._begin(prompt_ids, params[index], index, priorities[index], cache_salt)
             for index, prompt_ids in enumerate(encoded)

@@ -147,7 +147,7 @@ def free_memory(
         buffers: Makes the inputs of the batch.
     """
     if spec.device.type == "cpu":
-        cache_bytes = int(config.cpu_kv_cache_gib * GIB)
+        cache_bytes = int(min(config.cpu_kv_cache_gib * GIB, 2**62))  # too much is refused later
     elif config.kv_cache_tokens is not None:
         cache_bytes = config.kv_cache_tokens // spec.block_size * spec.bytes_per_block
     else:

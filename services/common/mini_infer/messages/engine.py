@@ -110,7 +110,7 @@ class FinishAccounting(msgspec.Struct, frozen=True, array_like=True, gc=False):
         prefill_ms: From its first step to its first output token.
         decode_ms: From its first output token to its last.
         num_cached_tokens: Prompt tokens that were not computed.
-        num_preemptions: Times it lost its blocks and was computed again.
+        num_preemptions: Times it lost its blocks.
         num_steps: Steps of the engine loop between its first and its last, both included.
     """
 
