@@ -271,6 +271,8 @@ class Scheduler:
             assert self.blocks.pool.num_used == 0, "an idle scheduler holds blocks"
             assert self.num_swapped == 0, "an idle scheduler has swapped sequences"
 
+    # --- how add decides ------------------------------------------------------------------------
+
     def _check(self, group: Seq[Sequence], now: float) -> None:
         """Numbers new sequences, and raises where they cannot queue."""
         keys = {each.key for each in group}
