@@ -51,7 +51,8 @@ class EngineConfig:
         cpu_kv_cache_gib: GiB that the KV cache may take on a CPU. Only what is written takes
             memory.
         swap_space_gib: GiB of the host's memory for blocks of preempted sequences; unset means 4
-            on CUDA and 0 on a CPU, where it is the same memory as the cache's.
+            on CUDA, or half of what is free, and 0 on a CPU, where it is the same memory as the
+            cache's.
         kv_watermark: Share of the KV cache's blocks that stay free when a new request joins, for
             the growth of those that run.
         enable_prefix_caching: Whether the blocks of ended requests are kept until they are needed

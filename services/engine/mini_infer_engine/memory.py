@@ -18,7 +18,8 @@ from mini_infer_engine.trial_run import largest_prompts, num_trial_blocks, trial
 
 GIB = 2**30
 CUDA_SWAP_GIB = 4.0
-"""Host memory for swapped blocks beside a CUDA device where `swap_space_gib` is not set."""
+"""Host memory for swapped blocks beside a CUDA device where `swap_space_gib` is not set, unless
+less than twice as much is free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ def size_cache(
     is_cpu = spec.device.type == "cpu"
     swap_gib = config.swap_space_gib
     if swap_gib is None:
-        swap_gib = 0.0 if is_cpu else CUDA_SWAP_GIB
+        swap_gib = 0.0 if is_cpu else min(CUDA_SWAP_GIB, free.host / GIB / 2)
     free_host_bytes = free.host - cache_bytes if is_cpu else free.host
     if swap_gib * GIB > free_host_bytes:
         raise ConfigError(
