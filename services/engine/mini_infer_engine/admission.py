@@ -16,7 +16,7 @@ from mini_infer_engine.waiting_queue import WaitingQueue
 
 
 class Admission:
-    """Checks requests against the queues, the blocks and the clock; changes none of them.
+    """Checks requests against the queues, the blocks and the clock; changes none of these.
 
     Attributes:
         completions: How often sequences end, as the scheduler tells.
@@ -26,6 +26,7 @@ class Admission:
         self,
         limits: SchedulerLimits,
         costs: StepCosts,
+        budget: StepBudget,
         blocks: BlockManager,
         waiting: WaitingQueue[Sequence],
         running: RunningBatch,
@@ -35,13 +36,16 @@ class Admission:
         self._limits = limits
         self._costs = costs
         self._untaught = costs.untaught()
-        self._budget = StepBudget(limits, costs, blocks.pool.block_size)
+        self._budget = budget
         self._blocks = blocks
         self._waiting = waiting
         self._running = running
 
     def check(self, group: Seq[Sequence], now: float) -> None:
         """Checks sequences that share a prompt; all of them may queue, or none.
+
+        What they will have to compute is looked up (`num_pending_tokens`) when the checks that cost
+        nothing are passed: it takes the names of all blocks of the prompt.
 
         Args:
             group: At least one; equal but for their streams and seeds.
@@ -51,7 +55,10 @@ class Admission:
             MiniInferError: KV_EXHAUSTED, QUEUE_FULL or DEADLINE_UNREACHABLE.
         """
         self._check_size(group[0])
-        self._check_queue(group, now)
+        self._check_queue(self._too_many_requests(group), group, now)
+        for each in group:
+            each.num_pending_tokens = self._blocks.num_pending_tokens(each)
+        self._check_queue(self._too_many_tokens(group), group, now)
         self._check_deadline(group[0], now)
 
     def queue_problem(self, group: Seq[Sequence]) -> str | None:
@@ -60,20 +67,7 @@ class Admission:
         An empty queue takes any request: one above the bounds could never get in otherwise. And
         those for which there is a place do not count, they wait for the next step only.
         """
-        num_waiting, num_tokens = len(self._waiting), self._waiting.num_pending_tokens
-        max_requests, max_tokens = self._limits.max_queued_requests, self._limits.max_queued_tokens
-        if num_waiting + len(group) <= self._running.num_free_slots:
-            return None
-        if num_waiting and num_waiting + len(group) > max_requests + self._running.num_free_slots:
-            return (
-                f"{num_waiting} of {max_requests} requests wait already, this one adds {len(group)}"
-            )
-        num_new = sum(each.num_pending_tokens for each in group)
-        if max_tokens is not None and num_waiting and num_tokens + num_new > max_tokens:
-            return (
-                f"{num_tokens} of {max_tokens} prompt tokens wait already, this one adds {num_new}"
-            )
-        return None
+        return self._too_many_requests(group) or self._too_many_tokens(group)
 
     def first_token_s(self, sequence: Sequence, now: float) -> float:
         """Seconds until a sequence that comes now is expected to have its first token.
@@ -126,8 +120,26 @@ class Admission:
                 {"limit": str(pool.num_blocks), "needed": str(needed)},
             )
 
-    def _check_queue(self, group: Seq[Sequence], now: float) -> None:
-        problem = self.queue_problem(group)
+    def _num_beyond_places(self, group: Seq[Sequence]) -> int:
+        """Sequences that would wait longer than for the next step."""
+        return len(self._waiting) + len(group) - self._running.num_free_slots
+
+    def _too_many_requests(self, group: Seq[Sequence]) -> str | None:
+        num_waiting, bound = len(self._waiting), self._limits.max_queued_requests
+        if not num_waiting or self._num_beyond_places(group) <= bound:
+            return None
+        return f"{num_waiting} of {bound} requests wait already, this one adds {len(group)}"
+
+    def _too_many_tokens(self, group: Seq[Sequence]) -> str | None:
+        num_waiting, bound = self._waiting.num_pending_tokens, self._limits.max_queued_tokens
+        if bound is None or not self._waiting or self._num_beyond_places(group) <= 0:
+            return None
+        num_new = sum(each.num_pending_tokens for each in group)
+        if num_waiting + num_new <= bound:
+            return None
+        return f"{num_waiting} of {bound} prompt tokens wait already, this one adds {num_new}"
+
+    def _check_queue(self, problem: str | None, group: Seq[Sequence], now: float) -> None:
         if problem:
             wait_s = self.completions.seconds_until(len(group), now)
             raise MiniInferError(

@@ -83,8 +83,7 @@ class BlockManager:
 
     def num_blocks_to_join(self, sequence: Sequence) -> int:
         """Free blocks that a waiting sequence would take if it joined now."""
-        shared = self._shareable(sequence)
-        return self._num_taken(self.pool.blocks_for(sequence.num_tokens) - len(shared), shared)
+        return self._num_taken(sequence, self._shareable(sequence, _donor(sequence)))
 
     def join(self, sequence: Sequence, num_spare: int) -> bool:
         """Gives a waiting sequence blocks for all of its tokens.
@@ -96,12 +95,12 @@ class BlockManager:
         Returns:
             Whether there were enough; if not, nothing has changed.
         """
-        parent = sequence.parent if _can_fork(sequence) else None
-        shared = self._shareable(sequence)
-        num_new = self.pool.blocks_for(sequence.num_tokens) - len(shared)
-        if self._num_taken(num_new, shared) + num_spare > self.pool.num_free:
+        parent = _donor(sequence)
+        shared = self._shareable(sequence, parent)
+        if self._num_taken(sequence, shared) + num_spare > self.pool.num_free:
             return False
         self.pool.share(shared)
+        num_new = self.pool.blocks_for(sequence.num_tokens) - len(shared)
         sequence.block_table = shared + self.pool.allocate(num_new)
         sequence.num_committed_blocks = len(shared)
         if parent is not None:
@@ -202,16 +201,16 @@ class BlockManager:
 
     # --- helpers --------------------------------------------------------------------------------
 
-    def _shareable(self, sequence: Sequence) -> list[int]:
+    def _shareable(self, sequence: Sequence, parent: Sequence | None) -> list[int]:
         """Blocks that a waiting sequence need not compute: of its parent, or known ones."""
-        if sequence.parent is not None and _can_fork(sequence):
-            first_own = (sequence.num_prompt_tokens - 1) // self.pool.block_size
-            return sequence.parent.block_table[:first_own]
-        return self._known_prefix(sequence)
+        if parent is None:
+            return self._known_prefix(sequence)
+        first_own = (sequence.num_prompt_tokens - 1) // self.pool.block_size
+        return parent.block_table[:first_own]
 
-    def _num_taken(self, num_new: int, shared: list[int]) -> int:
-        """Blocks that are free now and would not be: new ones, and shared ones nobody holds."""
-        return num_new + sum(not self.pool.is_used(block) for block in shared)
+    def _num_taken(self, sequence: Sequence, shared: list[int]) -> int:
+        """Blocks that are free now and would not be: all but those that others hold as well."""
+        return self.pool.blocks_for(sequence.num_tokens) - sum(map(self.pool.is_used, shared))
 
     def _known_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks of the cache that hold the sequence's first tokens, the last one excepted.
@@ -247,12 +246,13 @@ class BlockManager:
         self.num_swapped -= 1
 
 
-def _can_fork(sequence: Sequence) -> bool:
-    """Whether the sequence's parent runs and has computed the prompt that they share."""
+def _donor(sequence: Sequence) -> Sequence | None:
+    """The sequence's parent, where that runs and has computed the prompt that they share."""
     parent = sequence.parent
-    return (
+    can_fork = (
         parent is not None
         and parent.status is SequenceStatus.RUNNING
         and parent.num_computed_tokens >= sequence.num_prompt_tokens
         and parent.num_turned_together == sequence.num_turned_together
     )
+    return parent if can_fork else None

@@ -55,13 +55,14 @@ class Scheduler:
             costs: What steps take; learns from each one.
         """
         self.blocks = blocks
-        self.limits = limits
         self.costs = costs
         self._budget = StepBudget(limits, costs, blocks.pool.block_size)
         self._sequences: dict[StreamKey, Sequence] = {}
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(limits.priority_ageing_s)
         self._running = RunningBatch(limits.max_num_seqs)
-        self._admission = Admission(limits, costs, blocks, self._waiting, self._running)
+        self._admission = Admission(
+            limits, costs, self._budget, blocks, self._waiting, self._running
+        )
         self._preemption = Preemption(blocks, costs, self._running, self._waiting)
         self._deadlines: Alarms[StreamKey] = Alarms()
         self._launched: dict[int, LaunchedStep] = {}
@@ -283,7 +284,6 @@ class Scheduler:
         for each in group:
             self._num_arrivals += 1
             each.arrival_number = self._num_arrivals
-            each.num_pending_tokens = self.blocks.num_pending_tokens(each)
         self._admission.check(group, now)
 
     # --- how schedule chooses -------------------------------------------------------------------
