@@ -8,13 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
-from gateway.stand_ins import StandInEngine
+import msgspec
+from gateway.stand_ins import ENGINE_WELCOME, StandInEngine
 from mini_infer import AsyncClient
 from mini_infer.client import RequestFailed
 from mini_infer.config import bundled_model
@@ -144,3 +146,23 @@ async def generate(
 def expected_ids(seed: int, num_tokens: int) -> list[int]:
     """The output of the scripted engine."""
     return [scripted_token(seed, position, ORDINARY_IDS) for position in range(num_tokens)]
+
+
+@asynccontextmanager
+async def nobody_reads(
+    folder: Path, tokenizer_address: str, start_gateway: StartGateway, *, num_choices: int = 1
+) -> AsyncIterator[tuple[RunningGateway, StandInEngine, Any]]:
+    """A gateway, an engine with room for any output, and a call whose client does not read."""
+    welcome = msgspec.structs.replace(ENGINE_WELCOME, max_model_len=10**7)
+    engine = StandInEngine(f"ipc://{folder}/engine", welcome)
+    served = await start_gateway(f"ipc://{folder}/engine", tokenizer_address, write_stall_s=0.3)
+    # A small window, so that little is enough to fill it.
+    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+    async with grpc.aio.insecure_channel(served.address, options) as channel:
+        request = generate_pb2.GenerateRequest(
+            token_ids=generate_pb2.TokenIds(ids=[5]),
+            sampling=generate_pb2.SamplingOptions(n=num_choices),
+            output=generate_pb2.OutputOptions(ids_only=True),
+        )
+        yield served, engine, InferenceServiceStub(channel).Generate(request)
+    await engine.close()

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import msgspec
 import pytest
-from gateway.harness import RunningGateway, StartGateway, failure, generate, until_idle
-from gateway.stand_ins import ACCOUNTING, ENGINE_WELCOME, Row, StandInEngine
+from gateway.harness import (
+    RunningGateway,
+    StartGateway,
+    failure,
+    generate,
+    nobody_reads,
+    until_idle,
+)
+from gateway.stand_ins import ACCOUNTING, Row, StandInEngine
 from mini_infer.client import Usage
 from mini_infer.errors import ErrorReason
 from mini_infer.messages import Abort, FinishAccounting, FinishCode, HelloNeeded, Refused, Submit
 from mini_infer.v1 import generate_pb2 as pb2
-from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceStub
 from mini_infer_gateway.choices import call_accounting
 from mini_infer_gateway.mailbox import Ending, EndReason
 
@@ -293,18 +298,8 @@ async def test_text_so_far_of_each_choice_is_delivered_at_the_deadline(
 async def test_choices_of_a_client_that_does_not_read_are_freed(
     folder: Path, tokenizer_address: str, start_gateway: StartGateway, num_rows: int, cause: str
 ) -> None:
-    welcome = msgspec.structs.replace(ENGINE_WELCOME, max_model_len=10**7)
-    engine = StandInEngine(f"ipc://{folder}/engine", welcome)
-    served = await start_gateway(f"ipc://{folder}/engine", tokenizer_address, write_stall_s=0.3)
-    # A small window, so that little is enough to fill it.
-    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
-    async with grpc.aio.insecure_channel(served.address, options) as channel:
-        request = pb2.GenerateRequest(
-            token_ids=pb2.TokenIds(ids=[5]),
-            sampling=pb2.SamplingOptions(n=3),
-            output=pb2.OutputOptions(ids_only=True),
-        )
-        slow = InferenceServiceStub(channel).Generate(request)
+    call = nobody_reads(folder, tokenizer_address, start_gateway, num_choices=3)
+    async with call as (served, engine, slow):
         submit = await engine.next(Submit)
         numbers = [submit.stream, *submit.siblings]
         row = 10_000  # Of one choice alone, so many rows would fit into the mailbox.
@@ -319,4 +314,3 @@ async def test_choices_of_a_client_that_does_not_read_are_freed(
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert cause in (caught.value.details() or "")
         await until_idle(served)
-    await engine.close()

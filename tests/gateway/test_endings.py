@@ -6,10 +6,9 @@ import asyncio
 from pathlib import Path
 
 import grpc
-import msgspec
 import pytest
-from gateway.harness import RunningGateway, StartGateway, begin, failure, until_idle
-from gateway.stand_ins import ACCOUNTING, ENGINE_WELCOME, StandInEngine
+from gateway.harness import RunningGateway, StartGateway, begin, failure, nobody_reads, until_idle
+from gateway.stand_ins import ACCOUNTING, StandInEngine
 from mini_infer import AsyncClient
 from mini_infer.client import RequestFailed
 from mini_infer.client_wire import request_failed
@@ -235,17 +234,8 @@ async def test_queue_full_pushes_back(
 async def test_a_client_that_does_not_read_is_ended_and_harms_nobody(
     folder: Path, tokenizer_address: str, start_gateway: StartGateway, num_rows: int, cause: str
 ) -> None:
-    welcome = msgspec.structs.replace(ENGINE_WELCOME, max_model_len=10**7)
-    engine = StandInEngine(f"ipc://{folder}/engine", welcome)
-    served = await start_gateway(f"ipc://{folder}/engine", tokenizer_address, write_stall_s=0.3)
-    # A small window, so that little is enough to fill it.
-    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
-    async with grpc.aio.insecure_channel(served.address, options) as channel:
-        request = generate_pb2.GenerateRequest(
-            token_ids=generate_pb2.TokenIds(ids=[5]),
-            output=generate_pb2.OutputOptions(ids_only=True),
-        )
-        slow = InferenceServiceStub(channel).Generate(request)
+    call = nobody_reads(folder, tokenizer_address, start_gateway)
+    async with call as (served, engine, slow):
         number = (await engine.next(Submit)).stream
         stream, reading, other = await begin(served, engine)
         row = 30_000
@@ -263,7 +253,6 @@ async def test_a_client_that_does_not_read_is_ended_and_harms_nobody(
                 pass
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert cause in (caught.value.details() or "")
-    await engine.close()
 
 
 async def test_real_engine_is_idle_again_after_cancels(scripted: RunningGateway) -> None:
