@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -25,12 +24,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import environment
 from mini_infer import AsyncClient, EngineConfig, LLMEngine
 from mini_infer.config import bundled_model
 from rich.console import Console
@@ -291,21 +289,6 @@ async def measure_concurrency(folder: Path, tokens: int, repeats: int) -> Case:
     )
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    packages = ("mini-infer", "torch", "transformers", "grpcio", "numpy")
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "cpu": names[0] if names else platform.processor(),
-        "num_cores": len(os.sched_getaffinity(0)),
-    }
-
-
 def print_cases(cases: Sequence[Case]) -> None:
     """Prints a table, then one line of JSON a case."""
     table = Table(title="Output tokens/s, median (least to most)")
@@ -337,7 +320,10 @@ def main() -> int:
     ]
     print_cases(cases)
     RESULTS.parent.mkdir(exist_ok=True)
-    result = {**environment(), "cases": [case.as_json() for case in cases]}
+    result = {
+        **environment("torch", "transformers", "grpcio", "numpy"),
+        "cases": [case.as_json() for case in cases],
+    }
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     return 0 if all(case.is_met for case in cases) else 1
 

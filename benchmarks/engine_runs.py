@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import shutil
 import statistics
@@ -20,13 +18,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import mini_infer
-import numpy as np
 import torch
+from machine import environment
 from mini_infer.config import EngineConfig, bundled_model
 from mini_infer.sampling_params import ResolvedSampling
 from mini_infer_engine.build import build_engine
@@ -312,28 +308,6 @@ def median_range(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     }
 
 
-def environment(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    on_gpu = device.type == "cuda"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "shape": arguments.shape,
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
-        "cpu": names[0] if names else platform.processor(),
-        "num_cores": len(os.sched_getaffinity(0)),
-        "num_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {
-            "mini-infer": mini_infer.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-    }
-
-
 def report(
     name: str,
     arguments: argparse.Namespace,
@@ -365,7 +339,10 @@ def report(
     if not arguments.quick:
         RESULTS.mkdir(exist_ok=True)
         result = {
-            **environment(arguments, device),
+            **environment("torch", "numpy"),
+            "shape": arguments.shape,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "num_threads": torch.get_num_threads(),
             "checks": [check.as_json() for check in checks],
             "cases": list(cases),
         }

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import environment
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.messages import FinishCode
 from mini_infer.sampling_params import ResolvedSampling
@@ -270,20 +267,6 @@ class Replay:
             del self.sequences[update.key.stream]
 
 
-def environment() -> dict[str, Any]:
-    """What the figures may depend on."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("mini-infer", "numpy")},
-        "cpu": names[0] if names else platform.processor(),
-        "num_cores": len(os.sched_getaffinity(0)),
-    }
-
-
 def print_cases(title: str, cases: Seq[Mapping[str, Any]], measures: Seq[str]) -> None:
     """Prints a table, a column a case, then one line of JSON a case.
 
@@ -315,5 +298,5 @@ def _shown(value: Any) -> str:
 
 def write_results(path: Path, settings: Mapping[str, Any], cases: Seq[Any]) -> None:
     """Writes a result file: where and with what it was measured, and the cases."""
-    result = {**environment(), **settings, "cases": list(cases)}
+    result = {**environment("numpy"), **settings, "cases": list(cases)}
     path.write_text(json.dumps(result, indent=2) + "\n")
