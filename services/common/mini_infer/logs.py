@@ -35,6 +35,7 @@ def configure(process: str, level: str) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
         # The process's own stderr: loggers are cached, and whatever stands in for it may be closed.
-        logger_factory=structlog.PrintLoggerFactory(file=sys.__stderr__),
+        # A line is one write, for processes share a stderr.
+        logger_factory=structlog.WriteLoggerFactory(file=sys.__stderr__),
         cache_logger_on_first_use=True,
     )
