@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from machine import environment
 from mini_infer.config import EngineConfig, bundled_model
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.build import build_engine
 from mini_infer_engine.build_scheduler import build_scheduler
 from mini_infer_engine.scheduler import Scheduler

@@ -36,7 +36,7 @@ from unittest.mock import patch
 
 import numpy as np
 from mini_infer.config import EngineConfig
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.batch import ScheduledBatch, StepTokens
 from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.build_scheduler import build_scheduler
@@ -215,7 +215,7 @@ def fill_with_cached_blocks(scheduler: Scheduler) -> None:
 def make_tokens(batch: ScheduledBatch) -> StepTokens:
     """A token for each row that wants one, never an end."""
     shape = (len(batch.sampling.rows), 1)
-    return StepTokens(np.full(shape, OTHER_ID, np.int64), np.ones(shape[0], np.bool_))
+    return StepTokens(np.full(shape, OTHER_ID, np.int64), np.zeros(shape[0], np.int32))
 
 
 @contextmanager

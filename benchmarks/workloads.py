@@ -18,7 +18,7 @@ import numpy as np
 from machine import environment
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.messages import FinishCode
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.batch import ScheduledBatch, StepTokens
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import Sequence, StreamKey
@@ -142,7 +142,7 @@ class SimulatedMachine:
             for row, position in rows
         ]
         tokens = StepTokens(
-            np.array(token_ids, np.int64).reshape(-1, 1), np.ones(len(token_ids), np.bool_)
+            np.array(token_ids, np.int64).reshape(-1, 1), np.zeros(len(token_ids), np.int32)
         )
         if batch.is_empty:
             return tokens, 0.0

@@ -18,7 +18,9 @@ EXPORTED = [
     "InvalidRequestError",
     "LLMEngine",
     "MiniInferError",
+    "RepetitionDetection",
     "SamplingParams",
+    "StructuredOutput",
     "__version__",
 ]
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from mini_infer.sampling_params import ResolvedSampling
+from engine.runners import runner_of
+from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.batch import ScheduledBatch, StepTokens
 from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.block_pool import BlockPool
@@ -20,7 +21,7 @@ from mini_infer_engine.build import Engine
 from mini_infer_engine.captured_decode import CapturedDecode
 from mini_infer_engine.input_buffers import ModelInputs
 from mini_infer_engine.limits import SchedulerLimits
-from mini_infer_engine.model_runner import Forward, ModelRunner
+from mini_infer_engine.model_runner import Forward
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import StreamKey
 from mini_infer_engine.step_costs import StepCoefficients, StepCosts
@@ -104,7 +105,7 @@ def run_forced(
         The logits of every step.
     """
     kept = KeepsLogits(forward)
-    runner = ModelRunner(kept, engine.runner.cache, engine.runner._buffers)
+    runner = runner_of(engine, kept)
     limits = SchedulerLimits(
         max_num_seqs=len(texts),
         max_num_batched_tokens=max_step_tokens,
@@ -173,5 +174,5 @@ def _forced_tokens(batch: ScheduledBatch, texts: Texts, num_known: list[int]) ->
         num_known[index] += 1
     num_rows = len(token_ids)
     return StepTokens(
-        np.array(token_ids, np.int64).reshape(num_rows, 1), np.ones(num_rows, np.bool_)
+        np.array(token_ids, np.int64).reshape(num_rows, 1), np.zeros(num_rows, np.int32)
     )

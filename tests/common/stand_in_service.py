@@ -69,6 +69,53 @@ CHOICES = [
     ),
 ]
 """A stream of two choices."""
+
+
+def _told(logprob: float, rank: int, **top: float) -> pb2.TokenLogprobs:
+    likeliest = [
+        pb2.TopLogprob(token_id=int(name[1:]), logprob=value) for name, value in top.items()
+    ]
+    return pb2.TokenLogprobs(logprob=logprob, rank=rank, top=likeliest)
+
+
+LOGPROBS = [
+    pb2.GenerateResponse(
+        seq=0,
+        prompt_logprobs=pb2.PromptLogprobs(start=1, tokens=[_told(-0.5, 1)]),
+        request_id="r1",
+        num_prompt_tokens=3,
+    ),
+    pb2.GenerateResponse(seq=1, choice_index=1, delta=pb2.Delta(text="a fox", token_ids=[6, 7])),
+    pb2.GenerateResponse(
+        seq=2, prompt_logprobs=pb2.PromptLogprobs(start=2, tokens=[_told(-3.0, 70)])
+    ),
+    pb2.GenerateResponse(
+        seq=3,
+        delta=pb2.Delta(
+            text="Once ",
+            token_ids=[1, 2],
+            logprobs=[
+                _told(-0.25, 1, _1=-0.25, _9=-1.5),
+                _told(-4.0, 1200, _8=-0.125, _7=-2.0),
+            ],
+        ),
+    ),
+    pb2.GenerateResponse(
+        seq=4,
+        delta=pb2.Delta(text="upon", token_ids=[3], logprobs=[_told(float("-inf"), 4096, _3=0.0)]),
+    ),
+    pb2.GenerateResponse(
+        seq=5,
+        choice_finished=pb2.ChoiceFinished(
+            finish_reason=pb2.FINISH_REASON_REPETITION, num_output_tokens=3
+        ),
+    ),
+    pb2.GenerateResponse(
+        seq=6,
+        finished=pb2.Finished(usage=pb2.Usage(num_prompt_tokens=3, num_output_tokens=5), seed=7),
+    ),
+]
+"""Log-probabilities of the prompt and of choice 0, in a stream of two choices."""
 TRAILERS = (
     ("mini-infer-queue-ms", "1.5"),
     ("mini-infer-prefill-ms", "2.5"),

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import structlog
 import torch
-from mini_infer import Client, EngineConfig, SamplingParams
+from mini_infer import Client, EngineConfig, SamplingParams, StructuredOutput
 from mini_infer.cli import main as command_line
 from mini_infer.cli.options import attribute_docs
 from mini_infer.cli.progress import byte_progress
@@ -63,8 +63,10 @@ def test_every_option_is_explained(run: RunMain, command: str) -> None:
         ("tokenizer", TokenizerConfig, set()),
         ("gateway", GatewayConfig, set()),
         ("serve", EngineConfig, set()),
-        ("generate", SamplingParams, set()),
-        ("chat", SamplingParams, {"n"}),
+        ("generate", SamplingParams, {"structured_output"}),
+        ("generate", StructuredOutput, set()),
+        ("chat", SamplingParams, {"n", "structured_output"}),
+        ("chat", StructuredOutput, set()),
     ],
 )
 def test_every_field_is_an_option(
@@ -80,7 +82,8 @@ def test_every_field_is_an_option(
 
 
 @pytest.mark.parametrize(
-    "dataclass_type", [EngineConfig, TokenizerConfig, GatewayConfig, SamplingParams]
+    "dataclass_type",
+    [EngineConfig, TokenizerConfig, GatewayConfig, SamplingParams, StructuredOutput],
 )
 def test_every_field_is_documented(dataclass_type: type[EngineConfig]) -> None:
     assert set(attribute_docs(dataclass_type)) == {each.name for each in fields(dataclass_type)}
@@ -124,6 +127,10 @@ def test_version(run: RunMain) -> None:
         (["gateway"], "needs the address of an engine and of a tokenizer"),
         (["generate", "--address=127.0.0.1:1", "Hi"], "start one with `mini-infer serve`"),
         (["chat", "--address=127.0.0.1:1"], "start one with `mini-infer serve`"),
+        (["generate", "--logit-bias=5", "Hi"], "'--logit-bias': expected ID=NUMBER such as"),
+        (["chat", "--repetition-detection=4", "Hi"], "expected [MIN:]MAX:REPEATS such as 64:4"),
+        (["generate", "--repetition-detection=1:2:3:4", "Hi"], "expected [MIN:]MAX:REPEATS"),
+        (["generate", "--json-schema=@/no/such", "Hi"], "cannot read the file /no/such"),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from common.stand_in_service import CHOICES, Script
+from common.stand_in_service import CHOICES, LOGPROBS, Script
 from google.protobuf.any_pb2 import Any as PackedAny
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
@@ -17,6 +17,7 @@ from mini_infer import Client, MiniInferError
 from mini_infer.client import Chunk, RequestFailed, Usage
 from mini_infer.client_wire import channel_options
 from mini_infer.errors import ErrorReason
+from mini_infer.logprobs import TokenLogprobs, TopLogprob
 from mini_infer.messages import FinishAccounting
 from mini_infer.v1 import generate_pb2 as pb2
 from mini_infer.v1 import inference_service_pb2 as service_pb2
@@ -68,6 +69,25 @@ def test_each_choice_has_its_own_output_and_end(client: Any, script: Script) -> 
     assert stream.matched_stop is None
     assert stream.usage == Usage(3, 5, num_cached_tokens=2)
     assert stream.seed == 7
+
+
+def test_log_probabilities_come_with_their_tokens(client: Any, script: Script) -> None:
+    script.responses = list(LOGPROBS)
+    stream = client.generate("A fox", n=2, logprobs=2, prompt_logprobs=0)
+    told = [
+        TokenLogprobs(-0.25, 1, [TopLogprob(1, -0.25), TopLogprob(9, -1.5)]),
+        TokenLogprobs(-4.0, 1200, [TopLogprob(8, -0.125), TopLogprob(7, -2.0)]),
+        TokenLogprobs(float("-inf"), 4096, [TopLogprob(3, 0.0)]),
+    ]
+    assert list(stream) == [
+        Chunk("a fox", [6, 7], 1),
+        Chunk("Once ", [1, 2], 0, told[:2]),
+        Chunk("upon", [3], 0, told[2:]),
+    ]
+    assert [choice.logprobs for choice in stream.choices] == [told, []]
+    assert stream.prompt_logprobs == [TokenLogprobs(-0.5, 1, []), TokenLogprobs(-3.0, 70, [])]
+    assert (stream.request_id, stream.num_prompt_tokens) == ("r1", 3)
+    assert stream.finish_reason == "repetition"
 
 
 def test_choices_keep_what_came_before_an_error(client: Any, script: Script) -> None:

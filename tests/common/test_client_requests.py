@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 from common.stand_in_service import Script
-from mini_infer.client_wire import detokenize_request, generate_request, tokenize_request
+from mini_infer import RepetitionDetection
+from mini_infer.chats import ChatOptions
+from mini_infer.client_wire import (
+    GenerateOptions,
+    detokenize_request,
+    generate_request,
+    tokenize_request,
+)
 from mini_infer.errors import InvalidRequestError
 from mini_infer.v1 import generate_pb2 as pb2
 
@@ -35,6 +42,18 @@ def test_options_reach_their_fields() -> None:
             "stream_interval": 3,
             "skip_special_tokens": False,
             "include_stop_str_in_output": True,
+            "min_p": 0.0,
+            "typical_p": 0.5,
+            "repetition_penalty": 1.5,
+            "presence_penalty": 0.0,
+            "frequency_penalty": -0.5,
+            "logit_bias": {9: -100, 0: 0.5},
+            "allowed_token_ids": [0, 9],
+            "bad_words": ["a", " b"],
+            "repetition_detection": RepetitionDetection(max_period=8, num_repeats=3),
+            "logprobs": 0,
+            "prompt_logprobs": 5,
+            "regex": "a*",
         },
     )
     assert request == pb2.GenerateRequest(
@@ -44,17 +63,88 @@ def test_options_reach_their_fields() -> None:
         priority=-3,
         cache_salt="s",
         add_special_tokens=False,
-        sampling=pb2.SamplingOptions(temperature=0.5, top_k=0, top_p=0.25, seed=0, n=2),
+        sampling=pb2.SamplingOptions(
+            temperature=0.5,
+            top_k=0,
+            top_p=0.25,
+            seed=0,
+            n=2,
+            min_p=0.0,
+            typical_p=0.5,
+            repetition_penalty=1.5,
+            presence_penalty=0.0,
+            frequency_penalty=-0.5,
+            logit_bias={9: -100, 0: 0.5},
+            allowed_token_ids=[0, 9],
+            bad_words=["a", " b"],
+        ),
         stopping=pb2.StoppingOptions(
-            max_tokens=7, min_tokens=2, stop=["end"], stop_token_ids=[9], ignore_eos=True
+            max_tokens=7,
+            min_tokens=2,
+            stop=["end"],
+            stop_token_ids=[9],
+            ignore_eos=True,
+            repetition_detection=pb2.RepetitionDetection(max_period=8, min_period=1, num_repeats=3),
         ),
         output=pb2.OutputOptions(
             ids_only=True,
             stream_interval=3,
             skip_special_tokens=False,
             include_stop_str_in_output=True,
+            logprobs=0,
+            prompt_logprobs=5,
         ),
+        structured_output=pb2.StructuredOutput(regex="a*"),
     )
+
+
+def test_each_field_of_the_options_has_an_option() -> None:
+    """What can be asked for can be asked for with a client, and nothing else."""
+    names = {
+        field.name
+        for message in (
+            pb2.SamplingOptions,
+            pb2.StoppingOptions,
+            pb2.OutputOptions,
+            pb2.StructuredOutput,
+        )
+        for field in message.DESCRIPTOR.fields
+    }
+    of_the_request = {"model", "request_id", "priority", "cache_salt", "add_special_tokens"}
+    assert set(GenerateOptions.__annotations__) - set(ChatOptions.__annotations__) == (
+        names | of_the_request
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"json_schema": '{"a":1}'}, pb2.StructuredOutput(json_schema='{"a":1}')),
+        (
+            {"json_schema": {"b": 1, "a": None}},
+            pb2.StructuredOutput(json_schema='{"b": 1, "a": null}'),
+        ),
+        ({"json_schema": {}, "json_object": False}, pb2.StructuredOutput(json_schema="{}")),
+        ({"json_object": True, "regex": None}, pb2.StructuredOutput(json_object=True)),
+        ({"grammar": ""}, pb2.StructuredOutput(grammar="")),
+        ({"choice": ("a", "b")}, pb2.StructuredOutput(choice=pb2.Choices(texts=["a", "b"]))),
+        ({"choice": []}, pb2.StructuredOutput(choice=pb2.Choices())),
+    ],
+    ids=str,
+)
+def test_language_reaches_its_field(options: Any, expected: pb2.StructuredOutput) -> None:
+    assert generate_request("hi", options).structured_output == expected
+
+
+def test_no_language_is_absent() -> None:
+    options: Any = {"json_object": False, "regex": None, "choice": None}
+    assert not generate_request("hi", options).HasField("structured_output")
+
+
+def test_repetition_detection_may_be_a_mapping() -> None:
+    detection = {"max_period": 8, "num_repeats": 3}
+    request = generate_request("hi", {"repetition_detection": detection})
+    assert request.stopping.repetition_detection == pb2.RepetitionDetection(**detection)
 
 
 def test_absent_options_stay_absent() -> None:
@@ -137,6 +227,28 @@ def test_chat_options_reach_their_fields(client: Any, script: Script) -> None:
         ({"stop_token_ids": [-1]}, "stopping.stop_token_ids"),
         ({"stream_interval": -1}, "output.stream_interval"),
         ({"model": "\ud800"}, "model"),
+        ({"min_p": "much"}, "sampling.min_p"),
+        ({"logit_bias": {-1: 1.0}}, "sampling.logit_bias"),
+        ({"logit_bias": {"fox": 1.0}}, "sampling.logit_bias"),
+        ({"logit_bias": {5: None}}, "sampling.logit_bias"),
+        ({"allowed_token_ids": [-1]}, "sampling.allowed_token_ids"),
+        ({"bad_words": "fox"}, "sampling.bad_words"),
+        ({"bad_words": [5]}, "sampling.bad_words"),
+        ({"repetition_detection": 5}, "stopping.repetition_detection"),
+        ({"repetition_detection": {"period": 5}}, "stopping.repetition_detection"),
+        ({"repetition_detection": {"max_period": -1}}, "stopping.repetition_detection"),
+        ({"logprobs": -1}, "output.logprobs"),
+        ({"logprobs": "all"}, "output.logprobs"),
+        ({"prompt_logprobs": 2**32}, "output.prompt_logprobs"),
+        ({"json_schema": {"a": {1}}}, "structured_output.json_schema"),
+        ({"json_schema": {"a": float("nan")}}, "structured_output.json_schema"),
+        ({"json_schema": True}, "structured_output.json_schema"),
+        ({"json_object": "yes"}, "structured_output.json_object"),
+        ({"regex": 5}, "structured_output.regex"),
+        ({"grammar": "\ud800"}, "structured_output.grammar"),
+        ({"choice": "fox"}, "structured_output.choice.texts"),
+        ({"choice": [5]}, "structured_output.choice.texts"),
+        ({"regex": "a", "choice": ["a"]}, "structured_output"),
     ],
     ids=str,
 )

@@ -12,6 +12,8 @@ from mini_infer_engine.host_cache import HostCache
 from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
 from mini_infer_engine.kv_cache import KVCache, KVCacheSpec
 from mini_infer_engine.model_runner import ModelRunner
+from mini_infer_engine.sampling import Sampler
+from mini_infer_kernels.sampling_kernels import REFERENCE_SAMPLING
 
 NUM_BLOCKS = 12
 NUM_HOST_BLOCKS = 9
@@ -88,7 +90,16 @@ class Memories:
         buffers = InputBuffers(
             block_size=self.spec.block_size, dtype=dtype, device=self.spec.device
         )
-        self.runner = ModelRunner(self.forward, self.cache, buffers, host_cache=self.host_cache)
+        sampler = Sampler(
+            REFERENCE_SAMPLING,
+            vocab_size=VOCAB,
+            max_num_seqs=NUM_BLOCKS,
+            max_model_len=NUM_BLOCKS,
+            device=self.spec.device,
+        )
+        self.runner = ModelRunner(
+            None, self.forward, self.cache, buffers, sampler, host_cache=self.host_cache
+        )
         self.expected = Expected(self.cache)
 
     def run(self, batch: ScheduledBatch) -> None:

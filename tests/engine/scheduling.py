@@ -6,7 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.batch import ScheduledBatch, StepTokens
 from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.block_pool import BlockPool
@@ -86,7 +86,7 @@ def run(batch: ScheduledBatch, tokens_per_row: int = 1) -> StepTokens:
         )
     ]
     token_ids = np.array(rows, np.int64).reshape(len(rows), tokens_per_row)
-    return StepTokens(token_ids, np.ones(len(rows), np.bool_))
+    return StepTokens(token_ids, np.zeros(len(rows), np.int32))
 
 
 def scheduler_of(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine.runners import runner_of
 from mini_infer.config import EngineConfig
-from mini_infer.sampling_params import ResolvedSampling
-from mini_infer_engine.batch import StepTokens
+from mini_infer.resolved_sampling import ResolvedSampling
+from mini_infer_engine.batch import RowStatus, StepTokens
 from mini_infer_engine.build import Engine, build_engine
 from mini_infer_engine.captured_decode import CAN_RECORD, CapturedDecode
 from mini_infer_engine.input_buffers import ModelInputs
@@ -65,7 +66,7 @@ def test_recorded_logits_equal_the_models_own(engine: Engine, num_rows: int) -> 
         compared.append(torch.equal(first, again))
         return again
 
-    generate(engine, ModelRunner(both, engine.runner.cache, engine.runner._buffers), num_rows)
+    generate(engine, runner_of(engine, both), num_rows)
     assert all(compared)
     assert len(compared) >= 45
 
@@ -79,7 +80,6 @@ def test_recorded_groups_give_the_logits_of_each_row_alone(
 ) -> None:
     """Whatever order and sizes the groups have: recorded, eager, and one row a step."""
     replayed = captured(engine)
-    cache, buffers = engine.runner.cache, engine.runner._buffers
     kept: list[torch.Tensor] = []
     seen = set()
 
@@ -90,7 +90,7 @@ def test_recorded_groups_give_the_logits_of_each_row_alone(
         seen.add(len(inputs.attention.decode_groups))
         return logits
 
-    runner = ModelRunner(both, cache, buffers)
+    runner = runner_of(engine, both)
     prompts = [[10 + row] * 3 + list(range(3, length)) for row, length in enumerate(prompt_lens)]
     outputs, _ = continue_prompts(engine, runner, prompts, max_tokens=6)
     together = torch.stack(kept[-5:], 1)
@@ -103,8 +103,7 @@ def test_recorded_groups_give_the_logits_of_each_row_alone(
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 45])
 def test_merged_steps_make_the_same_tokens(engine: Engine, max_tokens: int) -> None:
-    cache, buffers = engine.runner.cache, engine.runner._buffers
-    eager = ModelRunner(captured(engine)._forward, cache, buffers)
+    eager = runner_of(engine)
     expected, num_steps = generate(engine, eager, 1, max_tokens=max_tokens)
     got, num_merged_steps = generate(engine, engine.runner, 1, max_tokens=max_tokens)
     assert got == expected
@@ -129,7 +128,7 @@ def test_a_row_that_is_not_finite_in_a_merged_step_fails(engine: Engine) -> None
     batch = scheduler.schedule(0.0)
     tokens: StepTokens = runner.run(batch)
     assert len(tokens.token_ids[0]) == MERGED_ROUNDS
-    assert tokens.finite == [False]
+    assert tokens.statuses == [RowStatus.NON_FINITE]
     (update,) = scheduler.finish_step(batch, tokens, 0.0)
     assert update.error is not None
     generate(engine, runner, 1)
@@ -149,9 +148,7 @@ def test_a_chunk_of_one_prompt_token_makes_no_token() -> None:
     config = EngineConfig(max_num_seqs=1, max_num_batched_tokens=1, kv_cache_tokens=256)
     slow = build_engine(config)
     outputs, num_steps = generate(slow, slow.runner, 1, max_tokens=9)
-    expected, _ = generate(
-        slow, ModelRunner(captured(slow), slow.runner.cache, slow.runner._buffers), 1, max_tokens=9
-    )
+    expected, _ = generate(slow, runner_of(slow, captured(slow)), 1, max_tokens=9)
     assert outputs == expected
     assert num_steps <= 21 + 9
 

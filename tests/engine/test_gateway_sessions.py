@@ -47,7 +47,7 @@ class Line:
         model_config = read_model_config(config.model_folder)
         served = read_served_model(config, model_config, "float32")
         welcome = served.welcome(engine_id="engine-test", epoch=1, num_blocks=1, block_size=16)
-        self.inbox, self.outbox = Inbox(), Outbox()
+        self.inbox, self.outbox = Inbox(), Outbox(epoch=7)
         self.sessions = GatewaySessions(address, welcome, self.inbox, self.outbox)
         self.sessions.start()
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

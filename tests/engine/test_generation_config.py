@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from mini_infer.errors import ModelFolderError
-from mini_infer.sampling_params import GenerationDefaults
+from mini_infer.resolved_sampling import GenerationDefaults
 from mini_infer_engine.generation_config import read_generation_defaults
 
 
@@ -27,8 +27,19 @@ def write_generation_config(folder: Path, **values: object) -> Path:
                 "top_k": 20,
                 "top_p": 0.95,
                 "max_new_tokens": 2048,
+                "min_p": 0.05,
+                "typical_p": 0.9,
+                "repetition_penalty": 1.1,
             },
-            GenerationDefaults(temperature=0.6, top_k=20, top_p=0.95, max_tokens=2048),
+            GenerationDefaults(
+                temperature=0.6,
+                top_k=20,
+                top_p=0.95,
+                max_tokens=2048,
+                min_p=0.05,
+                typical_p=0.9,
+                repetition_penalty=1.1,
+            ),
         ),
         ({"do_sample": None, "top_k": None, "max_new_tokens": None}, GenerationDefaults()),
     ],
@@ -51,6 +62,9 @@ def test_generation_defaults_without_a_file(tmp_path: Path) -> None:
         *(("temperature", value) for value in (-0.1, 100.5, float("nan"), float("inf"), "0.7")),
         *(("top_p", value) for value in (0, -0.5, 1.01, float("nan"), True)),
         *(("top_k", value) for value in (-1, 2**31, 1.5, True, "50")),
+        *(("min_p", value) for value in (-0.1, 1.1, "0.1")),
+        *(("typical_p", value) for value in (0, 1.1)),
+        *(("repetition_penalty", value) for value in (0, -1, 101, "1.1")),
         *(("max_new_tokens", value) for value in (0, -1, 1.5, 10**20)),
     ],
 )
@@ -63,13 +77,13 @@ def test_bad_generation_default_is_refused_by_name(tmp_path: Path, key: str, val
 def test_what_is_not_applied_is_told_at_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    neutral = {"repetition_penalty": 1.0, "num_beams": 1, "suppress_tokens": [], "min_p": None}
+    neutral = {"no_repeat_ngram_size": 0, "num_beams": 1, "suppress_tokens": [], "top_h": None}
     read_generation_defaults(write_generation_config(tmp_path, **neutral))
     assert capsys.readouterr().out == ""
     read_generation_defaults(
-        write_generation_config(tmp_path, repetition_penalty=1.05, suppress_tokens=[7], top_k=20)
+        write_generation_config(tmp_path, no_repeat_ngram_size=3, suppress_tokens=[7], top_k=20)
     )
     warning = capsys.readouterr().out
-    assert "repetition_penalty" in warning
+    assert "no_repeat_ngram_size" in warning
     assert "suppress_tokens" in warning
     assert "top_k" not in warning

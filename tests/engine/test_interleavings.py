@@ -10,7 +10,7 @@ from engine.scheduling import SWAP_IS_CHEAP, SWAP_IS_DEAR
 from greedy_reference import GreedyComparison, GreedyReference
 from mini_infer import EngineConfig
 from mini_infer.config import bundled_model
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.build import Engine, build_engine
 from mini_infer_engine.sequence import StreamKey
 from mini_infer_engine.step_costs import StepCosts

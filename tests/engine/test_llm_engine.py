@@ -9,7 +9,7 @@ import pytest
 from mini_infer import ConfigError, EngineConfig, InvalidRequestError, LLMEngine, MiniInferError
 from mini_infer.errors import ErrorReason
 from mini_infer.sampling_params import SamplingParams
-from mini_infer_engine.batch import ScheduledBatch, StepTokens
+from mini_infer_engine.batch import FillMasks, ScheduledBatch, StepTokens
 
 STORY = "Once upon a time"
 
@@ -161,12 +161,12 @@ def test_an_interrupted_call_leaves_nothing_behind(
     (expected,) = engine.generate(STORY, max_tokens=8, temperature=0)
     run, num_runs = engine._engine.runner.run, 0
 
-    def run_thrice(batch: ScheduledBatch) -> StepTokens:
+    def run_thrice(batch: ScheduledBatch, fill_masks: FillMasks) -> StepTokens:
         nonlocal num_runs
         num_runs += 1
         if num_runs > 3:
             raise interrupt
-        return run(batch)
+        return run(batch, fill_masks)
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._engine.runner, "run", run_thrice)

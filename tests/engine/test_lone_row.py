@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from engine.block_moves import NOTHING, as_pairs, with_moves
+from engine.runners import runner_of
 from engine.scheduling import SWAP_IS_CHEAP, SWAP_IS_DEAR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine import memory
 from mini_infer_engine.batch import ScheduledBatch
 from mini_infer_engine.block_manager import BlockManager, BlockTransfers
@@ -25,7 +26,7 @@ from mini_infer_engine.captured_decode import decode_batch
 from mini_infer_engine.kv_cache import KVCache, KVCacheSpec
 from mini_infer_engine.limits import SchedulerLimits
 from mini_infer_engine.lone_row import LONE_ROW_BYTES, LoneRow, num_lone_row_blocks
-from mini_infer_engine.model_runner import EagerForward, ModelRunner
+from mini_infer_engine.model_runner import ModelRunner
 from mini_infer_engine.prefix_cache import PrefixCache
 from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.scheduler import Scheduler
@@ -220,9 +221,11 @@ class CountsSteps(LoneRow):
 def with_lone_row(engine: Engine, lone_row: LoneRow) -> ModelRunner:
     runner = engine.runner
     return ModelRunner(
+        engine.model,
         runner._forward,
         runner.cache,
         runner._buffers,
+        runner._sampler,
         runner._merged,
         runner.host_cache,
         lone_row,
@@ -259,13 +262,13 @@ def recomputed(engine: Engine, token_ids: list[int]) -> torch.Tensor:
     running = RunningBatch(1)
     running.add(sequence)
     batch = running.build(0, [], [(sequence, len(token_ids))], BlockTransfers())
-    ModelRunner(EagerForward(engine.model), cache, engine.runner._buffers).run(batch)
+    runner_of(engine, cache=cache).run(batch)
     return in_order(cache, sequence.block_table, len(token_ids))
 
 
 def alone(engine: Engine, prompt: list[int], max_tokens: int) -> list[int]:
     """Greedy output, eager, one token a step, on neighbouring blocks without a prefix cache."""
-    runner = ModelRunner(EagerForward(engine.model), engine.runner.cache, engine.runner._buffers)
+    runner = runner_of(engine)
     scheduler = Scheduler(
         BlockManager(BlockPool(64, 16)),
         SchedulerLimits(max_num_seqs=1, max_num_batched_tokens=512, max_queued_requests=1),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from mini_infer.config import EngineConfig
-from mini_infer.sampling_params import ResolvedSampling
-from mini_infer_engine.batch import ScheduledBatch, StepTokens
+from mini_infer.resolved_sampling import ResolvedSampling
+from mini_infer_engine.batch import RowStatus, ScheduledBatch, StepTokens
 from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.build import Engine, build_engine
@@ -194,7 +194,9 @@ def test_blocks_with_non_finite_values_are_cleared_before_reuse(
     batch = scheduler.schedule(0.0)
     engine.runner.run(batch)
     engine.runner.cache.fill(batch.block_tables[0].tolist(), float("nan"))
-    (update,) = scheduler.finish_step(batch, StepTokens(np.array([[0]]), np.array([False])), 0.0)
+    (update,) = scheduler.finish_step(
+        batch, StepTokens(np.array([[0]]), np.array([RowStatus.NON_FINITE])), 0.0
+    )
     assert update.error is not None
     prompt = list(range(2, 22))
     scheduler.add(*engine.served.sequences([StreamKey(b"", 1)], prompt, sampling), now=0.0)

@@ -6,7 +6,7 @@ import pytest
 from engine.scheduling import BLOCK_SIZE, drive, make, run, scheduler_of, step
 from hypothesis import given
 from hypothesis import strategies as st
-from mini_infer_engine.batch import StepTokens
+from mini_infer_engine.batch import RowStatus, StepTokens
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.prefix_cache import PrefixCache
 from mini_infer_engine.scheduler import Scheduler
@@ -161,7 +161,7 @@ def test_blocks_of_a_sequence_that_failed_are_found_by_nobody() -> None:
     scheduler.add(bad, now=0.0)
     step(scheduler)  # two blocks are named before the first logits come
     batch = scheduler.schedule(0.0)
-    tokens = StepTokens(run(batch).token_ids, run(batch).finite & False)
+    tokens = StepTokens(run(batch).token_ids, run(batch).statuses + RowStatus.NON_FINITE)
     (update,) = scheduler.finish_step(batch, tokens, 0.0)
     assert update.error is not None
     scheduler.check_integrity()

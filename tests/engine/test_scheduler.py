@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from engine.scheduling import EOS, drive, expected_output, make, run, scheduler_of
 from mini_infer.errors import ErrorReason, MiniInferError
-from mini_infer_engine.batch import StepTokens
+from mini_infer_engine.batch import RowStatus, StepTokens
 from mini_infer_engine.sequence import Sequence, StreamKey
 from mini_infer_engine.step_updates import SequenceUpdate
 
@@ -102,8 +102,8 @@ def test_rows_with_non_finite_logits_fail_alone_and_their_blocks_are_cleared() -
     scheduler.add(bad, now=0.0)
     batch = scheduler.schedule(0.0)
     blocks = list(bad.block_table)
-    finite = np.array([key.stream == 0 for key in batch.keys])
-    tokens = StepTokens(run(batch).token_ids, finite)
+    statuses = np.array([key.stream * RowStatus.NON_FINITE for key in batch.keys])
+    tokens = StepTokens(run(batch).token_ids, statuses)
     updates = {each.key.stream: each for each in scheduler.finish_step(batch, tokens, 0.0)}
     assert updates[1].error is not None
     assert updates[1].error.reason is ErrorReason.NUMERICAL_ERROR
@@ -120,8 +120,8 @@ def test_min_tokens_bans_the_ends_and_then_lets_them_in() -> None:
     banned = []
     for _ in range(4):
         batch = scheduler.schedule(0.0)
-        banned.append(sorted(batch.sampling.banned_ids.tolist()))
-        scheduler.finish_step(batch, StepTokens(np.array([[1]]), np.array([True])), 0.0)
+        banned.append(sorted(batch.sampling.bias_ids.tolist()))
+        scheduler.finish_step(batch, StepTokens(np.array([[1]]), np.array([RowStatus.OK])), 0.0)
     assert banned == [[EOS, 9], [EOS, 9], [], []]
 
 

@@ -143,8 +143,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.sequences[batch.keys[0]]
             assert self.scheduler.abort(batch.keys[0], self.now)
             assert self.pool.num_used == num_used, "a launched step names these blocks"
-        if fails and len(tokens.finite):
-            tokens = StepTokens(tokens.token_ids, np.arange(len(tokens.finite)) > 0)
+        if fails and len(tokens.statuses):
+            tokens = StepTokens(tokens.token_ids, np.arange(len(tokens.statuses)) == 0)
         for update in self.scheduler.finish_step(batch, tokens, self.now):
             self.receive(update)
 

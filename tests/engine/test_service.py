@@ -35,7 +35,7 @@ from mini_infer.messages import (
     encode,
     from_engine_decoder,
 )
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.scripted import ordinary_token_ids, scripted_token
 
 ORDINARY_IDS = ordinary_token_ids(bundled_model("demo"))

@@ -115,6 +115,17 @@ async def served(
 
 
 @pytest.fixture
+async def faked(
+    folder: Path,
+    engine: StandInEngine,
+    tokenizer: StandInTokenizer,
+    start_gateway: StartGateway,
+) -> RunningGateway:
+    """A gateway between two stand-ins."""
+    return await start_gateway(f"ipc://{folder}/engine", f"ipc://{folder}/tokenizer")
+
+
+@pytest.fixture
 async def scripted(
     engine_address: str, tokenizer_address: str, start_gateway: StartGateway
 ) -> RunningGateway:

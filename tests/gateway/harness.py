@@ -8,25 +8,30 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import msgspec
-from gateway.stand_ins import ENGINE_WELCOME, StandInEngine
+import numpy as np
+from gateway.stand_ins import ENGINE_WELCOME, StandInEngine, StandInTokenizer
 from mini_infer import AsyncClient
 from mini_infer.client import RequestFailed
 from mini_infer.config import bundled_model
-from mini_infer.messages import Submit
+from mini_infer.logprobs import LogprobColumns
+from mini_infer.messages import FinishCode, OpenText, Submit, TextDeltas
+from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer.v1 import generate_pb2
 from mini_infer.v1.inference_service_pb2_grpc import InferenceServiceStub
 from mini_infer_engine.scripted import ordinary_token_ids, scripted_token
+from mini_infer_gateway.request import EncodedRequest, TextOptions
 from mini_infer_gateway.server import Gateway
 from tokenizer.chat_escapes import ESCAPES
 
+_Test = TypeVar("_Test", bound=Callable[..., Any])
 # Names of templates in `tokenizer.chat_escapes`, which `talkative_model` has as well.
 BOMBS = (
     "class of a text",
@@ -125,6 +130,79 @@ async def begin(
     while not stream.token_ids:
         await asyncio.sleep(0.005)
     return stream, reading, submit.stream
+
+
+async def opened(
+    served: RunningGateway, engine: StandInEngine, tokenizer: StandInTokenizer, **options: Any
+) -> tuple[Any, asyncio.Task[str], int]:
+    """A request that engine and tokenizer know: stream, reading task, stream number."""
+    stream = served.client.generate([5], **options)
+    reading = asyncio.create_task(stream.text())
+    submit = await engine.next(Submit)
+    assert (await tokenizer.next(OpenText)).stream == submit.stream
+    return stream, reading, submit.stream
+
+
+def deltas(number: int, consumed: int, released: int, text: str, stop: int = -1) -> TextDeltas:
+    """The tokenizer's answer about one stream."""
+    return TextDeltas([number], [consumed], [released], [text], [stop])
+
+
+def exercises(*fields: str) -> Callable[[_Test], _Test]:
+    """Notes which fields a test shows the effect of, for `test_fields.py` to read."""
+    return lambda test: test
+
+
+async def submitted(
+    served: RunningGateway, engine: StandInEngine, prompt: Any, **options: Any
+) -> Submit:
+    """What the engine gets for a request, which then ends."""
+    reading = asyncio.create_task(served.client.generate(prompt, **options).text())
+    submit = await engine.next(Submit)
+    await engine.step(submit.stream, 0, [5], FinishCode.LENGTH)
+    await reading
+    return submit
+
+
+def thoughts(start: int, token_ids: Sequence[int], num_top: int) -> LogprobColumns:
+    """Log-probabilities that are those of one token at one position and of no other.
+
+    Args:
+        start: Position of the first token.
+        token_ids: The tokens.
+        num_top: Likeliest tokens of each.
+    """
+    positions = np.arange(start, start + len(token_ids))
+    places = np.arange(num_top)
+    ids = np.array(token_ids, dtype=np.int64)
+    return LogprobColumns.from_arrays(
+        -positions - 0.5,
+        1 + ids,
+        ids[:, None] + places,
+        -positions[:, None] - places / 4,
+    )
+
+
+def encoded_request(**fields: Any) -> EncodedRequest:
+    """A request whose text ends at "stop"."""
+    options = TextOptions(
+        stop=("stop",),
+        skip_special_tokens=True,
+        include_stop_str_in_output=False,
+        min_tokens=0,
+        ids_only=False,
+    )
+    defaults: dict[str, Any] = {
+        "prompt_ids": [5],
+        "sampling": ResolvedSampling(0.0, 0, 1.0, 0, 64),
+        "num_choices": 1,
+        "text_options": options,
+        "stream_interval": 1,
+        "priority": 0,
+        "cache_salt": "",
+        "deadline": None,
+    }
+    return EncodedRequest(**{**defaults, **fields})
 
 
 async def until_idle(served: RunningGateway) -> None:

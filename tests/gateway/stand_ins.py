@@ -12,6 +12,7 @@ import zmq
 import zmq.asyncio
 from mini_infer.channel import bind_router
 from mini_infer.config import bundled_model
+from mini_infer.logprobs import LogprobColumns
 from mini_infer.messages import (
     NO_STOP_TOKEN,
     PROTOCOL_VERSION,
@@ -21,6 +22,7 @@ from mini_infer.messages import (
     GatewayBeat,
     Hello,
     Message,
+    PromptLogprobs,
     StepOutput,
     TokenizerWelcome,
     encode,
@@ -28,7 +30,7 @@ from mini_infer.messages import (
     to_tokenizer_decoder,
 )
 from mini_infer.model_folder import tokenizer_hash
-from mini_infer.sampling_params import GenerationDefaults
+from mini_infer.resolved_sampling import GenerationDefaults
 
 DEMO_HASH = tokenizer_hash(bundled_model("demo"))
 ACCOUNTING = FinishAccounting(1.5, 2.5, 3.5, 4, 5, 6)
@@ -44,7 +46,7 @@ ENGINE_WELCOME = EngineWelcome(
     vocab_size=4096,
     max_model_len=128,
     eos_token_ids=[2],
-    defaults=GenerationDefaults(temperature=0.7, top_k=0, top_p=0.95, max_tokens=None),
+    defaults=GenerationDefaults(0.7, 0, 0.95, None, 0.05, 0.9, 1.25),
     num_blocks=64,
     block_size=16,
 )
@@ -64,6 +66,7 @@ class Row:
     finish: FinishCode = FinishCode.RUNNING
     stop_token_id: int = NO_STOP_TOKEN
     accounting: FinishAccounting = ACCOUNTING
+    logprobs: LogprobColumns | None = None
 
 
 class StandIn(Generic[_Any]):
@@ -145,15 +148,17 @@ class StandInEngine(StandIn[Any]):
         finish: FinishCode = FinishCode.RUNNING,
         *,
         stop_token_id: int = NO_STOP_TOKEN,
+        logprobs: LogprobColumns | None = None,
         epoch: int = 1,
         seq: int | None = None,
     ) -> None:
         """Sends a step with one row."""
-        row = Row(stream, start, token_ids, finish, stop_token_id=stop_token_id)
+        row = Row(stream, start, token_ids, finish, stop_token_id, logprobs=logprobs)
         await self.step_of_rows(row, epoch=epoch, seq=seq)
 
     async def step_of_rows(self, *rows: Row, epoch: int = 1, seq: int | None = None) -> None:
         """Sends a step."""
+        told = {index: row.logprobs for index, row in enumerate(rows) if row.logprobs}
         await self.send(
             StepOutput(
                 epoch=epoch,
@@ -166,10 +171,18 @@ class StandInEngine(StandIn[Any]):
                 finish_codes=[row.finish for row in rows],
                 stop_token_ids=[row.stop_token_id for row in rows],
                 finished=[row.accounting for row in rows if row.finish],
+                logprob_rows=list(told),
+                logprobs=list(told.values()),
             )
         )
         if seq is None:
             self.seq += 1
+
+    async def tell_prompt(
+        self, stream: int, start: int, logprobs: LogprobColumns, epoch: int = 1
+    ) -> None:
+        """Sends log-probabilities of a stream's prompt."""
+        await self.send(PromptLogprobs(epoch, stream, start, logprobs))
 
 
 class StandInTokenizer(StandIn[Any]):

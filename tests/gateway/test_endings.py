@@ -157,7 +157,27 @@ async def test_stop_string_ends_a_stream_without_the_engine_too(
     await until_idle(served)
 
 
-@pytest.mark.parametrize("code", [FinishCode.LENGTH, FinishCode.DEADLINE])
+@pytest.mark.parametrize("ids_only", [True, False], ids=["ids", "text"])
+@pytest.mark.parametrize(
+    ("code", "reason"), [(FinishCode.REPETITION, "repetition"), (FinishCode.GRAMMAR, "stop")]
+)
+async def test_end_that_the_output_brings_about(
+    served: RunningGateway, engine: StandInEngine, code: FinishCode, reason: str, ids_only: bool
+) -> None:
+    stream, reading, number = await begin(served, engine, ids_only=ids_only)
+    await engine.step(number, 1, [6, 6], code)
+    await reading
+    assert (stream.finish_reason, stream.matched_stop) == (reason, None)
+    assert stream.token_ids == [5, 6, 6]
+    assert stream.usage.num_output_tokens == 3
+    assert stream.accounting == ACCOUNTING
+    await until_idle(served)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [FinishCode.LENGTH, FinishCode.DEADLINE, FinishCode.REPETITION, FinishCode.GRAMMAR],
+)
 async def test_stop_string_wins_over_an_end_at_the_same_token(
     served: RunningGateway, engine: StandInEngine, code: FinishCode
 ) -> None:

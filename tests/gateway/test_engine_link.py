@@ -9,10 +9,18 @@ from typing import Any
 import grpc
 import msgspec
 import pytest
-from gateway.harness import RunningGateway, StartGateway, begin, failure, scripted_engine_process
+from gateway.harness import (
+    RunningGateway,
+    StartGateway,
+    begin,
+    failure,
+    scripted_engine_process,
+    thoughts,
+)
 from gateway.stand_ins import ENGINE_WELCOME, StandInEngine, StandInTokenizer
 from mini_infer.client import RequestFailed
 from mini_infer.errors import ErrorReason
+from mini_infer.logprobs import LogprobColumns
 from mini_infer.messages import (
     ENGINE_LEASE_S,
     Abort,
@@ -124,16 +132,25 @@ async def test_unknown_streams_are_counted(served: RunningGateway, engine: Stand
         {"finish_codes": [99]},
         {"finish_codes": [int(FinishCode.LENGTH)]},
         {"stop_token_ids": [1, 2]},
+        {"logprob_rows": [0]},
+        {"logprobs": [thoughts(1, [8], 2)]},
+        {"logprob_rows": [1], "logprobs": [thoughts(1, [8], 2)]},
+        {"logprob_rows": [-1], "logprobs": [thoughts(1, [8], 2)]},
+        {"logprob_rows": [0, 0], "logprobs": [thoughts(1, [8], 2)] * 2},
+        {"logprob_rows": [0], "logprobs": [thoughts(1, [8, 9], 2)]},
+        {"logprob_rows": [0], "logprobs": [LogprobColumns(2, b"1234", b"1234", b"", b"")]},
+        {"logprob_rows": [0], "logprobs": [LogprobColumns(-1, b"1234", b"1234", b"", b"")]},
     ],
     ids=str,
 )
 async def test_columns_that_disagree_are_a_lost_step(
-    served: RunningGateway, engine: StandInEngine, change: dict[str, list[int]]
+    served: RunningGateway, engine: StandInEngine, change: dict[str, list[Any]]
 ) -> None:
     _, reading, number = await begin(served, engine)
     step = StepOutput(1, engine.seq, 1, [number], [1], [1], [8], [0], [-1], [])
     await engine.send(msgspec.structs.replace(step, **change))
     await assert_lost(reading)
+    assert served.engine_link.dropped["lost_step"] == 1
 
 
 async def test_garbage_is_counted(served: RunningGateway, engine: StandInEngine) -> None:

@@ -4,43 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from gateway.harness import RunningGateway, StartGateway
-from gateway.stand_ins import ENGINE_WELCOME, StandInEngine
+from gateway.harness import RunningGateway, StartGateway, exercises, submitted
+from gateway.stand_ins import StandInEngine
 from google.protobuf.struct_pb2 import Struct
 from mini_infer.client import RequestFailed
 from mini_infer.messages import Abort, FinishCode, Submit
 from mini_infer.v1 import generate_pb2 as pb2
 from mini_infer.v1 import inference_service_pb2 as service_pb2
-from mini_infer_gateway.validation import SUPPORTED_FIELDS
-
-_Test = TypeVar("_Test", bound=Callable[..., Any])
-_exercised: set[str] = set()
-
-
-def exercises(*fields: str) -> Callable[[_Test], _Test]:
-    """Notes which fields a test shows the effect of."""
-    _exercised.update(fields)
-    return lambda test: test
+from mini_infer_gateway.supported_fields import SUPPORTED_FIELDS
 
 
 def test_each_supported_field_is_exercised() -> None:
-    assert _exercised == SUPPORTED_FIELDS
-
-
-async def submitted(
-    served: RunningGateway, engine: StandInEngine, prompt: Any, **options: Any
-) -> Submit:
-    """What the engine gets for a request, which then ends."""
-    reading = asyncio.create_task(served.client.generate(prompt, **options).text())
-    submit = await engine.next(Submit)
-    await engine.step(submit.stream, 0, [5], FinishCode.LENGTH)
-    await reading
-    return submit
+    files = Path(__file__).parent.glob("test_*.py")
+    notes = re.findall(r"^@exercises\(([^)]*)\)", "".join(map(Path.read_text, files)), re.MULTILINE)
+    assert {name for note in notes for name in re.findall(r'"(.+?)"', note)} == SUPPORTED_FIELDS
 
 
 async def answered(
@@ -198,31 +180,6 @@ async def test_scheduling_reaches_the_engine_once_for_all_choices(
     assert not [each for each in engine.received if isinstance(each, Submit)]
 
 
-@exercises("SamplingOptions.temperature", "SamplingOptions.top_k", "SamplingOptions.top_p")
-@exercises("GenerateRequest.sampling", "GenerateRequest.stopping")
-@exercises("StoppingOptions.max_tokens", "StoppingOptions.min_tokens")
-@exercises("StoppingOptions.ignore_eos", "StoppingOptions.stop_token_ids")
-async def test_sampling_reaches_the_engine(served: RunningGateway, engine: StandInEngine) -> None:
-    defaults = (await submitted(served, engine, [5, 6])).sampling
-    assert (defaults.temperature, defaults.top_k, defaults.top_p) == (0.7, 0, 0.95)
-    assert defaults.max_tokens == ENGINE_WELCOME.max_model_len - 2
-    assert (defaults.min_tokens, defaults.ignore_eos, defaults.stop_token_ids) == (0, False, [])
-    zeros = (await submitted(served, engine, [5], temperature=0, top_k=0, seed=0)).sampling
-    assert (zeros.temperature, zeros.top_k, zeros.seed) == (0, 0, 0)
-    given = {
-        "temperature": 0.5,
-        "top_k": 7,
-        "top_p": 0.25,
-        "seed": 2**64 - 1,
-        "max_tokens": 9,
-        "min_tokens": 3,
-        "ignore_eos": True,
-        "stop_token_ids": [11, 12],
-    }
-    sampling = (await submitted(served, engine, [5], **given)).sampling  # type: ignore[arg-type]
-    assert {name: getattr(sampling, name) for name in given} == given
-
-
 @exercises("StoppingOptions.stop", "OutputOptions.include_stop_str_in_output")
 async def test_stop_string_ends_the_output(served: RunningGateway, engine: StandInEngine) -> None:
     output = "the fox and the river and the moon"
@@ -311,3 +268,6 @@ async def test_model_info(
     assert info.has_chat_template
     assert info.default_sampling.temperature == pytest.approx(0.7)
     assert info.default_sampling.HasField("top_k")
+    assert info.default_sampling.min_p == pytest.approx(0.05)
+    assert info.default_sampling.typical_p == pytest.approx(0.9)
+    assert info.default_sampling.repetition_penalty == pytest.approx(1.25)

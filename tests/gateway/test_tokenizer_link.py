@@ -12,8 +12,10 @@ import pytest
 from gateway.harness import (
     RunningGateway,
     StartGateway,
+    deltas,
     expected_ids,
     failure,
+    opened,
     scripted_engine_process,
     tokenizer_process,
 )
@@ -43,32 +45,6 @@ from mini_infer_gateway.peers import TICK_S
 from mini_infer_gateway.tokenizer_link import PATIENCE_S, PING, TOKENIZER_LEASE_S
 
 LOST = ErrorReason.TOKENIZER_LOST
-
-
-@pytest.fixture
-async def faked(
-    folder: Path,
-    engine: StandInEngine,
-    tokenizer: StandInTokenizer,
-    start_gateway: StartGateway,
-) -> RunningGateway:
-    """A gateway between two stand-ins."""
-    return await start_gateway(f"ipc://{folder}/engine", f"ipc://{folder}/tokenizer")
-
-
-async def opened(
-    served: RunningGateway, engine: StandInEngine, tokenizer: StandInTokenizer, **options: Any
-) -> tuple[Any, asyncio.Task[str], int]:
-    """A stream that engine and tokenizer know."""
-    stream = served.client.generate([5], **options)
-    reading = asyncio.create_task(stream.text())
-    submit = await engine.next(Submit)
-    assert (await tokenizer.next(OpenText)).stream == submit.stream
-    return stream, reading, submit.stream
-
-
-def deltas(number: int, consumed: int, released: int, text: str, stop: int = -1) -> TextDeltas:
-    return TextDeltas([number], [consumed], [released], [text], [stop])
 
 
 async def test_killed_tokenizer_loses_nothing(folder: Path, start_gateway: StartGateway) -> None:

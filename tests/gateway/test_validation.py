@@ -21,9 +21,8 @@ from mini_infer.client import RequestFailed
 from mini_infer.errors import ErrorReason, InvalidRequestError, MiniInferError
 from mini_infer.v1 import generate_pb2 as pb2
 from mini_infer.v1 import inference_service_pb2
+from mini_infer_gateway.supported_fields import SUPPORTED_FIELDS, UNSUPPORTED_FIELDS
 from mini_infer_gateway.validation import (
-    SUPPORTED_FIELDS,
-    UNSUPPORTED_FIELDS,
     check_abort,
     check_detokenize,
     check_generate,
@@ -106,21 +105,8 @@ OUTPUT = pb2.OutputOptions
         pytest.param({"priority": 101}, ("priority", INVALID), id="priority above 100"),
         pytest.param({"cache_salt": ""}, ("cache_salt", INVALID), id="empty salt"),
         pytest.param({"cache_salt": "é" * 64 + "x"}, ("cache_salt", INVALID), id="long salt"),
-        pytest.param(
-            {"structured_output": pb2.StructuredOutput(regex="a")},
-            ("structured_output", NOT_SUPPORTED),
-            id="structured_output",
-        ),
         pytest.param({"sampling": SAMPLING(n=0)}, ("sampling.n", INVALID), id="no choice"),
         pytest.param({"sampling": SAMPLING(n=17)}, ("sampling.n", INVALID), id="17 choices"),
-        pytest.param(
-            {"output": OUTPUT(logprobs=1)}, ("output.logprobs", NOT_SUPPORTED), id="logprobs"
-        ),
-        pytest.param(
-            {"output": OUTPUT(prompt_logprobs=0)},
-            ("output.prompt_logprobs", NOT_SUPPORTED),
-            id="prompt_logprobs",
-        ),
         pytest.param(
             {"chat": chat(message("user", HELLO, pb2.ContentPart(image_url="x")))},
             ("chat.messages[0].content[1].image_url", MODALITY),
@@ -257,11 +243,11 @@ def _fields(descriptor: Descriptor, seen: set[str]) -> Iterator[str]:
         return
     seen.add(descriptor.name)
     for field in descriptor.fields:
-        name = f"{descriptor.name}.{field.name}"
+        name, kind = f"{descriptor.name}.{field.name}", field.message_type
         yield name
-        is_value = field.message_type and field.message_type.file.package == "google.protobuf"
-        if field.message_type and not is_value and name not in UNSUPPORTED_FIELDS:
-            yield from _fields(field.message_type, seen)
+        is_value = kind and (kind.file.package == "google.protobuf" or kind.GetOptions().map_entry)
+        if kind and not is_value and name not in UNSUPPORTED_FIELDS:
+            yield from _fields(kind, seen)
 
 
 def test_each_request_field_is_supported_or_refused() -> None:

@@ -7,7 +7,17 @@ import sys
 
 import pytest
 
-CORE = ["encode", "chat", "pieces", "stop_strings", "detokenize", "text_session"]
+CORE = [
+    "encode",
+    "chat",
+    "pieces",
+    "stop_strings",
+    "detokenize",
+    "text_session",
+    "grammar",
+    "grammar_checks",
+    "bad_words",
+]
 
 
 def loaded_with(module: str) -> set[str]:

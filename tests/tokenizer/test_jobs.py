@@ -10,18 +10,24 @@ import pytest
 from mini_infer.config import bundled_model
 from mini_infer.errors import ErrorReason
 from mini_infer.messages import (
+    CheckGrammar,
     Decode,
     Decoded,
     EncodeChat,
     Encoded,
+    EncodedWords,
     EncodeText,
+    EncodeWords,
+    GrammarAccepted,
     JobRefused,
     WireChatMessage,
     WireToolCall,
 )
+from mini_infer.structured_output import Grammar, GrammarKind
 from mini_infer_tokenizer import jobs
 from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.encode import TextTokenizer
+from mini_infer_tokenizer.grammar_checks import GrammarChecks
 from mini_infer_tokenizer.jobs import (
     LARGE_JOB_CHARACTERS,
     MAX_LARGE_CHARACTERS,
@@ -51,8 +57,19 @@ def templates(demo: TextTokenizer) -> Iterator[ChatTemplates]:
 
 
 @pytest.fixture(scope="module")
-def worker(demo: TextTokenizer, templates: ChatTemplates) -> JobWorker:
-    return JobWorker(demo, templates)
+def grammars() -> Iterator[GrammarChecks]:
+    grammars = GrammarChecks(DEMO, num_processes=1)
+    yield grammars
+    grammars.close()
+
+
+@pytest.fixture(scope="module")
+def worker(demo: TextTokenizer, templates: ChatTemplates, grammars: GrammarChecks) -> JobWorker:
+    return JobWorker(demo, templates, grammars)
+
+
+def check_regex(job: int, source: str) -> CheckGrammar:
+    return CheckGrammar(job, Grammar(GrammarKind.REGEX, source))
 
 
 class TestWorker:
@@ -74,8 +91,21 @@ class TestWorker:
         assert (answer.job, answer.reason) == (4, ErrorReason.CHAT_TEMPLATE_FAILED)
         assert "got wizard" in answer.message
 
-    def test_refuses_chats_without_a_template(self, demo: TextTokenizer, tmp_path: Path) -> None:
-        answer = JobWorker(demo, ChatTemplates(tmp_path, {})).do(CHAT)
+    def test_encodes_words(self, worker: JobWorker, demo: TextTokenizer) -> None:
+        forms = [demo.encode(text, add_special_tokens=False) for text in ("fox", " fox")]
+        assert worker.do(EncodeWords(6, ["fox"])) == EncodedWords(6, forms)
+
+    def test_checks_languages(self, worker: JobWorker) -> None:
+        assert worker.do(check_regex(7, "[a-z]+")) == GrammarAccepted(7)
+        answer = worker.do(check_regex(8, "[a-z"))
+        assert isinstance(answer, JobRefused)
+        assert (answer.job, answer.reason) == (8, ErrorReason.GRAMMAR_INVALID)
+        assert "unclosed character class" in answer.message
+
+    def test_refuses_chats_without_a_template(
+        self, demo: TextTokenizer, grammars: GrammarChecks, tmp_path: Path
+    ) -> None:
+        answer = JobWorker(demo, ChatTemplates(tmp_path, {}), grammars).do(CHAT)
         assert isinstance(answer, JobRefused)
         assert answer.reason is ErrorReason.CHAT_TEMPLATE_FAILED
         assert "no chat template" in answer.message
@@ -86,27 +116,33 @@ class TestWorker:
         assert answer.reason is ErrorReason.INVALID_FIELD
 
     def test_refuses_a_text_that_its_normalizer_makes_huge(
-        self, templates: ChatTemplates, tmp_path: Path
+        self, templates: ChatTemplates, grammars: GrammarChecks, tmp_path: Path
     ) -> None:
         library = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
         library.normalizer = normalizers.NFKC()
         library.save(str(tmp_path / "tokenizer.json"))
-        worker = JobWorker(TextTokenizer(tmp_path), templates)
+        worker = JobWorker(TextTokenizer(tmp_path), templates, grammars)
         answer = worker.do(EncodeText(7, "\ufdfa" * 300_000, False))
         assert isinstance(answer, JobRefused)
         assert (answer.job, answer.reason) == (7, ErrorReason.PROMPT_TOO_LARGE)
 
-    def test_a_surprise_fails_the_job_alone(self, demo: TextTokenizer) -> None:
+    def test_a_surprise_fails_the_job_alone(
+        self, demo: TextTokenizer, grammars: GrammarChecks
+    ) -> None:
         templates = ChatTemplates(DEMO, {})
         templates.close()
-        answer = JobWorker(demo, templates).do(CHAT)
+        answer = JobWorker(demo, templates, grammars).do(CHAT)
         assert answer == JobRefused(3, ErrorReason.INTERNAL_ERROR, "the tokenizer failed")
 
     def test_refuses_an_answer_that_would_not_fit_the_link(
         self, worker: JobWorker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(jobs, "MAX_ANSWER_BYTES", 100)
-        for job in Decode(6, [2445] * 100, True), EncodeText(6, "a fox and " * 50, False):
+        for job in (
+            Decode(6, [2445] * 100, True),
+            EncodeText(6, "a fox and " * 50, False),
+            EncodeWords(6, [f"fox {number}" for number in range(50)]),
+        ):
             answer = worker.do(job)
             assert isinstance(answer, JobRefused)
             assert (answer.job, answer.reason) == (6, ErrorReason.INVALID_FIELD)
@@ -120,18 +156,22 @@ class TestPool:
 
     @pytest.fixture
     def pool(self, gate: threading.Event) -> Iterator[JobPool]:
-        """Its large jobs, long decodes and chats of a sloth wait for the gate."""
+        """Its large jobs, long decodes, languages and chats of a sloth wait for the gate."""
 
         def do(job: Job) -> Result:
             if isinstance(job, EncodeChat):
                 if job.messages[0].role == "sloth":
                     gate.wait()
                 return EncodeText(job.job, job.messages[0].content or "", False)
-            if isinstance(job, Decode) or len(job.text) > 100:
+            if isinstance(job, Decode | CheckGrammar):
+                gate.wait()
+            elif isinstance(job, EncodeWords):
+                return EncodedWords(job.job, [])
+            elif len(job.text) > 100:
                 gate.wait()
             return Encoded(job.job, [])
 
-        pool = JobPool(do, num_threads=2, num_chat_threads=2)
+        pool = JobPool(do, num_threads=2, num_chat_threads=2, num_grammar_threads=2)
         yield pool
         gate.set()
         pool.close()
@@ -164,6 +204,41 @@ class TestPool:
         assert self.take(pool, 1) == [(b"b", Encoded(4, []))]
         gate.set()
         assert {answer.job for _, answer in self.take(pool, 3)} == {1, 2, 3}
+
+    def test_slow_languages_delay_only_languages(
+        self, pool: JobPool, gate: threading.Event
+    ) -> None:
+        for number, source in enumerate(["a", "b" * (LARGE_JOB_CHARACTERS + 1), "c"]):
+            pool.submit(b"a", check_regex(number, source))
+        pool.submit(b"b", EncodeChat(3, [WireChatMessage("user", "hello")], True))
+        pool.submit(b"b", EncodeText(4, "hello", False))
+        pool.submit(b"b", EncodeWords(5, ["hello"]))
+        pool.submit(b"b", EncodeWords(6, ["hello" * LARGE_JOB_CHARACTERS]))
+        assert {answer.job for _, answer in self.take(pool, 4)} == {3, 4, 5, 6}
+        gate.set()
+        assert {answer.job for _, answer in self.take(pool, 3)} == {0, 1, 2}
+
+    @pytest.mark.parametrize(
+        "job",
+        [
+            EncodeWords(1, ["x" * (MAX_LARGE_CHARACTERS // 2)] * 2),
+            check_regex(1, "x" * MAX_LARGE_CHARACTERS),
+        ],
+        ids=["words", "language"],
+    )
+    def test_words_and_languages_count_among_large_jobs(
+        self, pool: JobPool, gate: threading.Event, job: Job
+    ) -> None:
+        pool.submit(b"a", LARGE)
+        pool.submit(b"b", job)
+        ((gateway, refused),) = self.take(pool, 1)
+        assert isinstance(refused, JobRefused)
+        assert (gateway, refused.reason) == (b"b", ErrorReason.QUEUE_FULL)
+        gate.set()
+        self.take(pool, 1)
+        pool.submit(b"b", job)
+        ((gateway, answer),) = self.take(pool, 1)
+        assert not isinstance(answer, JobRefused)
 
     def test_a_chat_is_encoded_in_the_size_class_of_its_text(
         self, pool: JobPool, gate: threading.Event

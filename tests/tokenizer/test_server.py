@@ -22,14 +22,18 @@ from mini_infer.messages import (
     GATEWAY_LEASE_S,
     PROTOCOL_VERSION,
     CancelJobs,
+    CheckGrammar,
     CloseText,
     Decode,
     Decoded,
     EncodeChat,
     Encoded,
+    EncodedWords,
     EncodeText,
+    EncodeWords,
     FromTokenizer,
     GatewayBeat,
+    GrammarAccepted,
     Hello,
     HelloNeeded,
     HelloRefused,
@@ -45,6 +49,7 @@ from mini_infer.messages import (
     from_tokenizer_decoder,
 )
 from mini_infer.model_folder import tokenizer_hash
+from mini_infer.structured_output import Grammar, GrammarKind
 from mini_infer_tokenizer.detokenize import Detokenizer
 from mini_infer_tokenizer.encode import TextTokenizer
 
@@ -158,6 +163,37 @@ def test_encodes_chats_and_refuses_bad_ones(gateway: Gateway, demo: TextTokenize
     refused = gateway.ask(EncodeChat(2, [WireChatMessage("wizard", "x")], True))
     assert isinstance(refused, JobRefused)
     assert refused.reason is ErrorReason.CHAT_TEMPLATE_FAILED
+
+
+def test_encodes_words_and_refuses_what_has_no_tokens(
+    gateway: Gateway, demo: TextTokenizer
+) -> None:
+    forms = [demo.encode(text, add_special_tokens=False) for text in ("river", " river")]
+    assert gateway.ask(EncodeWords(1, ["river", " river"])) == EncodedWords(1, forms)
+    refused = gateway.ask(EncodeWords(2, ["river", ""]))
+    assert isinstance(refused, JobRefused)
+    assert (refused.job, refused.reason) == (2, ErrorReason.INVALID_FIELD)
+
+
+def test_accepts_languages_and_refuses_bad_ones(gateway: Gateway) -> None:
+    bomb = Grammar(GrammarKind.REGEX, "a?" * 5_000 + "a" * 5_000)
+    object_schema = Grammar(GrammarKind.JSON_SCHEMA, '{"type": "object"}')
+    assert gateway.ask(CheckGrammar(1, object_schema)) == GrammarAccepted(1)
+    for job in (2, 3):
+        refused = gateway.ask(CheckGrammar(job, bomb))
+        assert isinstance(refused, JobRefused)
+        assert (refused.job, refused.reason) == (job, ErrorReason.GRAMMAR_INVALID)
+        assert "describe a smaller language" in refused.message
+    assert gateway.ask(CheckGrammar(4, Grammar(GrammarKind.REGEX, "a+"))) == GrammarAccepted(4)
+
+
+def test_hostile_languages_do_not_delay_prompts(gateway: Gateway) -> None:
+    bomb = "a?" * 5_000 + "a" * 5_000
+    jobs = [CheckGrammar(n, Grammar(GrammarKind.REGEX, f"{bomb}{n}")) for n in range(10)]
+    gateway.send(*jobs, EncodeText(99, "small", False))
+    answers = [gateway.receive() for _ in range(11)]
+    assert isinstance(answers[0], Encoded)
+    assert all(isinstance(each, JobRefused) for each in answers[1:])
 
 
 def test_a_large_prompt_does_not_delay_a_small_one(gateway: Gateway) -> None:
@@ -305,6 +341,8 @@ def test_frames_that_are_no_message_are_counted_and_dropped(
 def test_logs_are_json_and_hold_no_prompt(server: ServerProcess, gateway: Gateway) -> None:
     gateway.ask(EncodeText(1, "a secret prompt", False))
     gateway.ask(EncodeChat(1, [WireChatMessage("wizard", "a secret prompt")], True))
+    gateway.ask(EncodeWords(1, ["a secret word"]))
+    gateway.ask(CheckGrammar(1, Grammar(GrammarKind.REGEX, "a secret language(")))
     assert server.log()[0]["event"] == "ready"
     assert "secret" not in server.log_file.read_text()
 
@@ -322,12 +360,14 @@ def test_a_signal_ends_it_cleanly(tmp_path: Path, signal_number: signal.Signals)
     assert server.log()[-1]["event"] == "stopped"
 
 
-def test_no_template_process_outlives_it(tmp_path: Path) -> None:
+def test_no_child_process_outlives_it(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path)
     gateway = Gateway(server.address, "gateway")
     gateway.greet()
+    assert len(psutil.Process(server.process.pid).children()) == 2  # For chat templates.
+    gateway.ask(CheckGrammar(1, Grammar(GrammarKind.REGEX, "a+")))
     children = psutil.Process(server.process.pid).children()
-    assert len(children) == 2
+    assert len(children) == 3
     server.process.kill()
     server.process.wait()
     gateway.close()

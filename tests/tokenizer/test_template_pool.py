@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 
+import msgspec
 import psutil
 import pytest
 from jinja2.defaults import DEFAULT_FILTERS
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.messages import EncodeChat, WireChatMessage
-from mini_infer_tokenizer import template_pool
-from mini_infer_tokenizer.template_pool import TemplateLimits, TemplatePool
+from mini_infer_tokenizer import child_process
+from mini_infer_tokenizer.template_pool import TEMPLATE_LIMITS, TemplatePool
 from mini_infer_tokenizer.template_rendering import TemplateSet
 
 SOURCES = {
@@ -132,7 +133,7 @@ def test_a_process_that_is_killed_idle_is_replaced(
 def test_a_chat_survives_that_its_process_is_killed_twice(
     num_kills: int, signal_number: signal.Signals
 ) -> None:
-    limits = TemplateLimits(render_cpu_s=20, render_s=20)
+    limits = msgspec.structs.replace(TEMPLATE_LIMITS, job_cpu_s=20, job_s=20)
     pool = TemplatePool({"default": SOURCES["slow"] * 30}, {}, 1, limits)
     pool.start()
     killed = set(children())
@@ -169,7 +170,8 @@ def has_no_rights(process: psutil.Process) -> bool:
 
 
 def test_a_process_that_crashes_is_the_templates_fault() -> None:
-    pool = TemplatePool(SOURCES, {}, 1, TemplateLimits(render_cpu_s=20, render_s=20))
+    limits = msgspec.structs.replace(TEMPLATE_LIMITS, job_cpu_s=20, job_s=20)
+    pool = TemplatePool(SOURCES, {}, 1, limits)
     pool.start()
     (process,) = children()
     begins_at = process.cpu_times().user
@@ -204,11 +206,11 @@ def test_a_process_that_is_stopped_is_given_up(pool: TemplatePool) -> None:
 def test_what_a_process_may_not(pool: TemplatePool) -> None:
     pool.start()
     for process in children():
-        assert process.environ().keys() <= {"PYTHONPATH", "TZ", "LC_CTYPE"}
+        variables = {"PYTHONPATH", "TOKENIZERS_PARALLELISM", "TZ", "LC_CTYPE"}
+        assert process.environ().keys() <= variables
         assert process.cwd() == "/"
         assert process.num_fds() == 3
         limits = {
-            resource.RLIMIT_AS: 512 * 2**20,
             resource.RLIMIT_NOFILE: 3,
             resource.RLIMIT_FSIZE: 0,
             resource.RLIMIT_NPROC: 0,
@@ -218,6 +220,10 @@ def test_what_a_process_may_not(pool: TemplatePool) -> None:
         if process.rlimit(resource.RLIMIT_NOFILE) == (3, 3):
             for limit, value in limits.items():
                 assert process.rlimit(limit) == (value, value)
+            soft, hard = process.rlimit(resource.RLIMIT_AS)
+            growth = hard - process.memory_info().vms
+            assert soft == hard
+            assert growth <= TEMPLATE_LIMITS.memory_bytes < growth + 64 * 2**20
             break
     else:
         pytest.fail("no process has given up its rights")
@@ -315,7 +321,7 @@ def test_processes_end_with_the_one_that_started_them() -> None:
     ids=["syntax", "open block", "open bracket", "blocks", "brackets", "signs", "items", "long"],
 )
 def test_what_does_not_compile_is_refused_in_time(source: str, message: str) -> None:
-    limits = TemplateLimits(compile_cpu_s=0.5)
+    limits = msgspec.structs.replace(TEMPLATE_LIMITS, start_cpu_s=0.5)
     pool = TemplatePool({"odd": source}, {}, 1, limits)
     begin = time.monotonic()
     with pytest.raises(MiniInferError, match=message) as caught:
@@ -348,7 +354,7 @@ def test_an_answer_that_is_none_ends_its_process(
 ) -> None:
     """As if a template had broken out: it may write to the socket whatever it likes."""
     pool.start()
-    monkeypatch.setattr(template_pool, "MAX_ANSWER_BYTES", 3)
+    monkeypatch.setattr(child_process, "MAX_ANSWER_BYTES", 3)
     assert "broke" in failure(pool, "default")
     monkeypatch.undo()
     assert pool.render(chat()) == "hi"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError, InvalidRequestError, MiniInferError
-from mini_infer.sampling_params import SamplingParams
+from mini_infer.sampling_params import RepetitionDetection, SamplingParams
+from mini_infer.structured_output import StructuredOutput
 
 if TYPE_CHECKING:
     from mini_infer_engine.generation import GenerationOutput
@@ -34,7 +35,9 @@ __all__ = [
     "InvalidRequestError",
     "LLMEngine",
     "MiniInferError",
+    "RepetitionDetection",
     "SamplingParams",
+    "StructuredOutput",
     "__version__",
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, cast
 
 import grpc
@@ -24,6 +25,7 @@ from mini_infer.errors import (
     MiniInferError,
 )
 from mini_infer.request_writer import RequestWriter
+from mini_infer.sampling_params import RepetitionDetection
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
 Prompt = str | Sequence[int] | Sequence[ChatMessage]
@@ -36,11 +38,10 @@ READINESS_POLL_S = 0.05
 
 _REQUEST_FIELDS = frozenset({"model", "request_id", "priority", "cache_salt", "add_special_tokens"})
 _CHAT_OPTIONS = frozenset(ChatOptions.__annotations__)
-_SAMPLING_FIELDS = frozenset({"temperature", "top_k", "top_p", "seed", "n"})
-_STOPPING_FIELDS = frozenset({"max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"})
-_OUTPUT_FIELDS = frozenset(
-    {"ids_only", "stream_interval", "skip_special_tokens", "include_stop_str_in_output"}
-)
+_SAMPLING_FIELDS = frozenset(generate_pb2.SamplingOptions.DESCRIPTOR.fields_by_name)
+_STOPPING_FIELDS = frozenset(generate_pb2.StoppingOptions.DESCRIPTOR.fields_by_name)
+_OUTPUT_FIELDS = frozenset(generate_pb2.OutputOptions.DESCRIPTOR.fields_by_name)
+_LANGUAGE_FIELDS = frozenset(generate_pb2.StructuredOutput.DESCRIPTOR.fields_by_name)
 _REASONS_OF_CODES = {grpc.StatusCode.DEADLINE_EXCEEDED: ErrorReason.DEADLINE}
 
 
@@ -48,7 +49,8 @@ class GenerateOptions(ChatOptions, total=False):
     """Options of `generate`; an absent one takes the server's or the model's default.
 
     The fields of the same names in `proto/mini_infer/v1/generate.proto` say what they mean, and
-    `ChatOptions` those that conversations alone have.
+    `ChatOptions` those that conversations alone have. At most one of `json_schema`, `json_object`,
+    `regex`, `grammar` and `choice` may be set: the language that the output belongs to.
     """
 
     model: str
@@ -59,6 +61,14 @@ class GenerateOptions(ChatOptions, total=False):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
+    typical_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    allowed_token_ids: Sequence[int]
+    bad_words: Sequence[str]
     seed: int
     n: int
     max_tokens: int
@@ -66,10 +76,18 @@ class GenerateOptions(ChatOptions, total=False):
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    repetition_detection: RepetitionDetection | Mapping[str, int]
     ids_only: bool
     stream_interval: int
     skip_special_tokens: bool
     include_stop_str_in_output: bool
+    logprobs: int
+    prompt_logprobs: int
+    json_schema: str | Mapping[str, Any]
+    json_object: bool
+    regex: str
+    grammar: str
+    choice: Sequence[str]
 
 
 class RequestFailed(MiniInferError):
@@ -134,6 +152,8 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> generate_pb2.G
     given: dict[str, Any] = {**options}
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
+    if isinstance(given.get("repetition_detection"), RepetitionDetection):
+        given["repetition_detection"] = asdict(given["repetition_detection"])
     chat_options = cast(ChatOptions, _take(given, _CHAT_OPTIONS))
     request = generate_pb2.GenerateRequest()
     writer = RequestWriter()
@@ -141,6 +161,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> generate_pb2.G
     writer.write(request.sampling, "sampling.", _take(given, _SAMPLING_FIELDS))
     writer.write(request.stopping, "stopping.", _take(given, _STOPPING_FIELDS))
     writer.write(request.output, "output.", _take(given, _OUTPUT_FIELDS))
+    writer.write_structured_output(request, _take(given, _LANGUAGE_FIELDS))
     if given:
         raise TypeError(f"generate() got unknown options: {', '.join(sorted(given))}")
     if isinstance(prompt, str):

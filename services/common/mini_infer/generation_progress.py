@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
+from mini_infer.logprobs import TokenLogprobs, TopLogprob
 from mini_infer.messages import FinishAccounting
 from mini_infer.sampling_params import MAX_CHOICES
 from mini_infer.v1 import generate_pb2
@@ -13,6 +15,7 @@ _FINISH_REASONS = {
     generate_pb2.FINISH_REASON_STOP: "stop",
     generate_pb2.FINISH_REASON_LENGTH: "length",
     generate_pb2.FINISH_REASON_ABORTED: "aborted",
+    generate_pb2.FINISH_REASON_REPETITION: "repetition",
 }
 
 
@@ -24,11 +27,13 @@ class Chunk:
         text: The text of `token_ids`.
         token_ids: Output ids of the choice since its chunk before.
         choice_index: The choice that goes on with it.
+        logprobs: What the model thought of each of `token_ids`; empty where it was not asked for.
     """
 
     text: str
     token_ids: list[int]
     choice_index: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +56,15 @@ class Choice:
 
     Attributes:
         token_ids: All its output ids so far.
-        finish_reason: "stop", "length" or "aborted"; None before its end.
+        logprobs: What the model thought of each of `token_ids`; empty where it was not asked for.
+        finish_reason: "stop", "length", "repetition" or "aborted"; None before its end.
         matched_stop: The stop string, or the stop or end-of-sequence id, that ended it.
     """
 
     def __init__(self) -> None:
         """Has no output yet."""
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.matched_stop: str | int | None = None
         self._texts: list[str] = []
@@ -70,6 +77,7 @@ class Choice:
     def _extend(self, chunk: Chunk) -> None:
         self._texts.append(chunk.text)
         self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
 
     def _finish(self, finished: generate_pb2.ChoiceFinished) -> None:
         self.finish_reason = _FINISH_REASONS.get(finished.finish_reason, "unknown")
@@ -83,6 +91,8 @@ class GenerationProgress:
     Attributes:
         request_id: The server's or the client's; None before the first chunk.
         num_prompt_tokens: None before the first chunk.
+        prompt_logprobs: What the model thought of the prompt's tokens, from the second on; whole
+            at the first chunk of choice 0, empty where it was not asked for.
         choices: The completions of the prompt, `n` of them.
         usage: None before the end.
         seed: The seed of choice 0; None before the end.
@@ -99,6 +109,7 @@ class GenerationProgress:
         num_choices = min(max(request.sampling.n, 1), MAX_CHOICES)
         self.request_id: str | None = None
         self.num_prompt_tokens: int | None = None
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.choices = [Choice() for _ in range(num_choices)]
         self.usage: Usage | None = None
         self.seed: int | None = None
@@ -111,7 +122,7 @@ class GenerationProgress:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why choice 0 ended: "stop", "length" or "aborted"; None before its end."""
+        """Why choice 0 ended, as `Choice.finish_reason` says it; None before its end."""
         return self.choices[0].finish_reason
 
     @property
@@ -127,9 +138,13 @@ class GenerationProgress:
         index = response.choice_index
         match response.WhichOneof("event"):
             case "delta":
-                chunk = Chunk(response.delta.text, list(response.delta.token_ids), index)
+                delta = response.delta
+                logprobs = _read_logprobs(delta.logprobs)
+                chunk = Chunk(delta.text, list(delta.token_ids), index, logprobs)
                 self.choices[index]._extend(chunk)
                 return chunk
+            case "prompt_logprobs":
+                self.prompt_logprobs += _read_logprobs(response.prompt_logprobs.tokens)
             case "choice_finished":
                 self.choices[index]._finish(response.choice_finished)
             case "finished":
@@ -152,3 +167,12 @@ class GenerationProgress:
                 num_preemptions=int(values["mini-infer-preemptions"]),
                 num_steps=int(values["mini-infer-steps"]),
             )
+
+
+def _read_logprobs(told: Iterable[generate_pb2.TokenLogprobs]) -> list[TokenLogprobs]:
+    return [
+        TokenLogprobs(
+            each.logprob, each.rank, [TopLogprob(top.token_id, top.logprob) for top in each.top]
+        )
+        for each in told
+    ]

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from mini_infer.chats import ChatMessage, ChatOptions, read_chat
 from mini_infer.errors import FieldViolation, InvalidRequestError
 from mini_infer.messages import WireChatMessage
+from mini_infer.structured_output import StructuredOutput
 from mini_infer.v1 import generate_pb2
 
 
@@ -24,10 +25,46 @@ class RequestWriter:
         """Sets fields of a message at a path; None leaves a field absent."""
         for name, value in fields.items():
             try:
+                if isinstance(value, str) and _is_repeated(message, name):
+                    # Protobuf would take a text for a list of its characters.
+                    raise TypeError("a text in place of a list")
                 message.MergeFrom(type(message)(**{name: value}))
             except (TypeError, ValueError) as error:
                 expected = f"expected what the field can hold, got another value: {error}"
                 self._violations.append(FieldViolation(path + name, expected))
+
+    def write_structured_output(
+        self, request: generate_pb2.GenerateRequest, languages: Mapping[str, Any]
+    ) -> None:
+        """Writes the language of the output.
+
+        Args:
+            request: Gets it.
+            languages: By the name of its field; None, and False for `json_object`, is no language.
+        """
+        given = {name: each for name, each in languages.items() if each is not None}
+        if given.get("json_object") is False:
+            del given["json_object"]
+        if not given:
+            return
+        path, structured = "structured_output", request.structured_output
+        if len(given) > 1:
+            expected = f"expected one language, got {', '.join(sorted(given))}"
+            self._violations.append(FieldViolation(path, expected))
+        elif "choice" in given:
+            structured.choice.SetInParent()
+            self.write(structured.choice, f"{path}.choice.", {"texts": given["choice"]})
+        else:
+            if isinstance(given.get("json_schema"), Mapping):
+                given["json_schema"] = self._as_json(f"{path}.json_schema", given["json_schema"])
+            self.write(structured, f"{path}.", given)
+
+    def _as_json(self, path: str, schema: Mapping[str, Any]) -> str | None:
+        try:
+            return StructuredOutput(json_schema=schema).as_grammar().source
+        except (TypeError, ValueError, RecursionError) as error:
+            self._violations.append(FieldViolation(path, f"expected JSON: {error}"))
+            return None
 
     def write_chat(
         self, chat: generate_pb2.Chat, messages: Sequence[ChatMessage], options: ChatOptions
@@ -73,3 +110,7 @@ class RequestWriter:
         """Raises `InvalidRequestError` where a value could not be written."""
         if self._violations:
             raise InvalidRequestError(self._violations)
+
+
+def _is_repeated(message: Message, name: str) -> bool:
+    return message.DESCRIPTOR.fields_by_name[name].is_repeated

@@ -10,6 +10,7 @@ import torch
 from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
 from mini_infer_kernels.kernel_set import REFERENCE
+from mini_infer_kernels.sampling_kernels import REFERENCE_SAMPLING, triton_sampling
 
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.build_scheduler import build_scheduler
@@ -27,6 +28,7 @@ from mini_infer_engine.merged_decode import MERGED_ROUNDS, MergedDecode
 from mini_infer_engine.model_config import ModelConfig, read_model_config
 from mini_infer_engine.model_runner import EagerForward, Forward, ModelRunner
 from mini_infer_engine.models import MODELS
+from mini_infer_engine.sampling import Sampler
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.served_model import ServedModel, read_served_model
 from mini_infer_engine.step_costs import StepCoefficients
@@ -118,11 +120,12 @@ def build_engine(
         windows=served.config.windows,
         needs_rotation_lens=_needs_rotation_lens(served),
     )
+    sampler = _make_sampler(config, served, backend.device)
     spec = _cache_spec(config, served, backend)
-    cache_size = _size_cache(config, served, spec, model, buffers)
+    cache_size = _size_cache(config, served, spec, model, buffers, sampler)
     served = _within_cache(config, served, cache_size)
     num_rounds = min(MERGED_ROUNDS, config.block_size) if merge_decode_steps and is_small else 1
-    runner = _make_runner(served, model, buffers, cache_size, num_rounds)
+    runner = _make_runner(served, model, buffers, sampler, cache_size, num_rounds)
     times = measure_step_times(runner, served.max_model_len - 1)
     return Engine(
         config=config,
@@ -205,6 +208,22 @@ def _load_model(
     return model, load_weights(model, config.model_folder, on_progress).num_bytes
 
 
+def _make_sampler(config: EngineConfig, served: ServedModel, device: torch.device) -> Sampler:
+    kernels = REFERENCE_SAMPLING
+    if device.type == "cuda":
+        try:
+            kernels = triton_sampling()
+        except ImportError:
+            log.warning("tokens are chosen without Triton's kernels, so slower: install triton")
+    return Sampler(
+        kernels,
+        vocab_size=served.config.vocab_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=served.max_model_len,
+        device=device,
+    )
+
+
 def _needs_rotation_lens(served: ServedModel) -> bool:
     return any(depends_on_length(rope) for rope in served.config.ropes)
 
@@ -226,9 +245,10 @@ def _size_cache(
     spec: KVCacheSpec,
     model: CausalLM,
     buffers: InputBuffers,
+    sampler: Sampler,
 ) -> CacheSize:
     """Sizes the cache beside the copy of a lone row."""
-    free = free_memory(config, spec, served.max_model_len, model, buffers)
+    free = free_memory(config, spec, served.max_model_len, model, buffers, sampler)
     copy_bytes = _num_lone_row_blocks(served, spec) * spec.bytes_per_block
     left = replace(free, device=free.device - copy_bytes, host=free.host - copy_bytes)
     return size_cache(config, spec, served.max_model_len, left)
@@ -245,6 +265,7 @@ def _make_runner(
     served: ServedModel,
     model: CausalLM,
     buffers: InputBuffers,
+    sampler: Sampler,
     cache_size: CacheSize,
     num_rounds: int,
 ) -> ModelRunner:
@@ -261,7 +282,7 @@ def _make_runner(
         except Exception as error:
             log.warning("decoding steps are not recorded, so they are slower", error=repr(error))
             cache.fill([0], 0.0)
-    return ModelRunner(forward, cache, buffers, merged, host_cache, lone_row)
+    return ModelRunner(model, forward, cache, buffers, sampler, merged, host_cache, lone_row)
 
 
 def _record(

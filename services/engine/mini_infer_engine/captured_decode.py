@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
 
 from mini_infer_engine.batch import ScheduledBatch
 from mini_infer_engine.block_manager import BlockTransfers

@@ -27,6 +27,7 @@ from mini_infer.messages import (
     HelloNeeded,
     HelloRefused,
     Message,
+    PromptLogprobs,
     Submit,
     ToEngine,
     encode,
@@ -79,7 +80,14 @@ class _Session:
 
     @property
     def num_pending_bytes(self) -> int:
-        return sum(each.num_bytes if isinstance(each, StepRows) else 100 for each in self.pending)
+        return sum(map(_num_bytes, self.pending))
+
+
+def _num_bytes(message: Message | StepRows) -> int:
+    """About what a message takes as a frame."""
+    if isinstance(message, StepRows):
+        return message.num_bytes
+    return 100 + (message.logprobs.num_bytes if isinstance(message, PromptLogprobs) else 0)
 
 
 class GatewaySessions:

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import structlog
 from mini_infer.model_folder import has_entry
-from mini_infer.sampling_params import MAX_TEMPERATURE, MAX_TOP_K, GenerationDefaults
+from mini_infer.resolved_sampling import GenerationDefaults
+from mini_infer.sampling_params import (
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+)
 
 from mini_infer_engine.config_fields import ConfigFields, is_integer
 from mini_infer_engine.rope_config import MAX_POSITIONS
@@ -18,11 +24,8 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 MAX_EOS_TOKEN_IDS = 1024
 
 _NEUTRAL_VALUES = {
-    "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "no_repeat_ngram_size": (0,),
-    "min_p": (0.0,),
-    "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
     "top_h": (),
@@ -71,6 +74,11 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
         top_k=fields.integer("top_k", 0, MAX_TOP_K, default=0),
         top_p=fields.number("top_p", 0, 1, default=1.0),
         max_tokens=fields.optional_integer("max_new_tokens", 1, MAX_POSITIONS),
+        min_p=fields.number("min_p", 0, 1, default=0.0, low_allowed=True),
+        typical_p=fields.number("typical_p", 0, 1, default=1.0),
+        repetition_penalty=fields.number(
+            "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY, default=1.0
+        ),
     )
 
 

@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -21,17 +22,23 @@ from mini_infer.chats import ChatMessage, ChatOptions, read_chat
 from mini_infer.config import EngineConfig
 from mini_infer.errors import FieldViolation, InvalidRequestError
 from mini_infer.hub import with_local_model
-from mini_infer.sampling_params import MAX_SEED, SamplingParams
+from mini_infer.resolved_sampling import MAX_SEED
+from mini_infer.sampling_params import SamplingParams
 from mini_infer.scheduling_params import scheduling_violations
+from mini_infer_tokenizer.bad_words import bad_word_sequences
 from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.detokenize import Detokenizer, TextStream
 from mini_infer_tokenizer.encode import TextTokenizer
+from mini_infer_tokenizer.grammar_checks import GrammarChecks
 
 from mini_infer_engine.build import Engine, build_engine
 from mini_infer_engine.generation import Generation, GenerationOutput
 from mini_infer_engine.loader import Progress
 from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.sequence import StreamKey
+
+_STALLED_WAIT_S = 1e-3
+"""Between looks at sequences whose languages are being compiled, with nothing else to run."""
 
 
 class LLMEngine:
@@ -60,6 +67,7 @@ class LLMEngine:
         self._chat_templates = ChatTemplates(
             self.config.model_folder, self._tokenizer.special_tokens
         )
+        self._grammar_checks = GrammarChecks(self.config.model_folder, num_processes=1)
         self._loaded: Engine | None = build_engine(
             self.config, on_progress, merge_decode_steps=True
         )
@@ -103,7 +111,8 @@ class LLMEngine:
 
         Raises:
             InvalidRequestError: Where parameters or a prompt are out of range.
-            MiniInferError: CONTEXT_LENGTH_EXCEEDED or KV_EXHAUSTED where a prompt cannot fit.
+            MiniInferError: CONTEXT_LENGTH_EXCEEDED or KV_EXHAUSTED where a prompt cannot fit,
+                GRAMMAR_INVALID where a structured output's language cannot be used.
         """
         texts_or_ids = [prompts] if isinstance(prompts, str) else prompts
         encoded = [
@@ -178,6 +187,7 @@ class LLMEngine:
         self._loaded = None
         self._free()
         self._chat_templates.close()
+        self._grammar_checks.close()
 
     def __enter__(self) -> LLMEngine:
         """The engine itself."""
@@ -226,8 +236,11 @@ class LLMEngine:
             while unsent and scheduler.has_room(unsent[0]):
                 scheduler.add(*unsent.popleft(), now=time.monotonic())
             batch = scheduler.schedule(time.monotonic())
-            tokens = runner.run(batch)
+            masked = scheduler.masked_sequences(batch)
+            tokens = runner.run(batch, partial(self._engine.served.fill_masks, masked))
             now = time.monotonic()
+            if batch.is_empty:
+                time.sleep(_STALLED_WAIT_S)
             for update in scheduler.finish_step(batch, tokens, now):
                 generation = running[update.key]
                 generation.receive(update)
@@ -251,7 +264,10 @@ class LLMEngine:
             num_prompt_tokens=len(prompt_ids),
             max_model_len=served.max_model_len,
             seed=secrets.randbelow(MAX_SEED + 1),
+            bad_words=self._bad_words(params.bad_words),
         )
+        if sampling.grammar is not None:
+            self._grammar_checks.check(sampling.grammar)
         keys = [StreamKey(b"", self._next_stream + choice) for choice in range(params.n)]
         self._next_stream += params.n
         scope = ("", cache_salt)
@@ -283,6 +299,12 @@ class LLMEngine:
             violations.append(FieldViolation(field, expected))
         if violations:
             raise InvalidRequestError(violations)
+
+    def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
+        """In ids; a word with ids that the model does not know cannot be written."""
+        vocab_size = self._engine.served.config.vocab_size
+        sequences = bad_word_sequences(self._tokenizer, words)
+        return [sequence for sequence in sequences if max(sequence) < vocab_size]
 
     def _open_text(self, params: SamplingParams) -> TextStream:
         return self._detokenizer.open(

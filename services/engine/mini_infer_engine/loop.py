@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Protocol
 
 from mini_infer.errors import MiniInferError
 from mini_infer.messages import ENGINE_BEAT_INTERVAL_S, NO_BUDGET, EngineBeat
 
-from mini_infer_engine.batch import ScheduledBatch, StepTokens
+from mini_infer_engine.batch import FillMasks, ScheduledBatch, StepTokens
 from mini_infer_engine.inbox import AbortStreams, AddStream, Command, Inbox, KeepOnly, SocketFailed
 from mini_infer_engine.outbox import Outbox
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import StreamKey
 from mini_infer_engine.served_model import ServedModel
 
+_STALLED_WAIT_S = 0.002
+"""Between looks at sequences that wait for their languages to be compiled, with nothing to run."""
 MAX_ANNOUNCED_MS = 60_000.0
 """A process that was stopped for a while must not announce that each token takes as long."""
 
@@ -22,8 +25,13 @@ MAX_ANNOUNCED_MS = 60_000.0
 class Runner(Protocol):
     """What the loop asks of whatever makes tokens."""
 
-    def run(self, batch: ScheduledBatch) -> StepTokens:
-        """Computes a batch, which may be empty, and chooses the next tokens."""
+    def run(self, batch: ScheduledBatch, fill_masks: FillMasks) -> StepTokens:
+        """Computes a batch, which may be empty, and chooses the next tokens.
+
+        Args:
+            batch: The step.
+            fill_masks: Gives the masks of its rows; called at most once, and as late as can be.
+        """
         ...
 
 
@@ -87,20 +95,24 @@ class EngineLoop:
         Raises:
             RuntimeError: The socket thread broke; only a new process can serve again.
         """
+        wait_s = 0.0
         while not self._stopping:
-            wait_s = ENGINE_BEAT_INTERVAL_S if self._scheduler.is_idle else 0.0
             for command in self._inbox.drain(wait_s):
                 self._apply(command)
             batch = self._scheduler.schedule(time.monotonic())
             self._beat(batch)
             started = time.monotonic()
-            tokens = self._runner.run(batch)
+            masked = self._scheduler.masked_sequences(batch)
+            tokens = self._runner.run(batch, partial(self._served.fill_masks, masked))
             finished = time.monotonic()
             self._timer.note(batch.num_tokens, finished - started)
             updates = self._scheduler.finish_step(batch, tokens, finished)
             self._outbox.publish(batch.step, updates)
-            if self._scheduler.is_idle and not batch.is_empty:
-                self._announce(time.monotonic(), 0.0)  # that all is free again
+            wait_s = _STALLED_WAIT_S if batch.is_empty else 0.0
+            if self._scheduler.is_idle:
+                wait_s = ENGINE_BEAT_INTERVAL_S
+                if not batch.is_empty:
+                    self._announce(time.monotonic(), 0.0)  # that all is free again
 
     def stop(self) -> None:
         """Ends `run` after the step under way; also from a signal handler."""
@@ -129,7 +141,7 @@ class EngineLoop:
         budget_ms = submit.budget_ms
         deadline = None if budget_ms == NO_BUDGET else command.received + budget_ms / 1e3
         try:
-            with self._scheduler.counting_refusals():
+            with self._scheduler.tally.counting_refusals():
                 sequences = self._served.sequences(
                     keys,
                     submit.prompt_ids,

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mini_infer_engine.batch import ScheduledBatch, StepTokens
+from mini_infer_engine.batch import RowStatus, ScheduledBatch, StepTokens
 from mini_infer_engine.captured_decode import decode_batch, record
 from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
 from mini_infer_engine.kv_cache import KVCache
@@ -69,11 +69,12 @@ class MergedDecode:
             cache: Holds its blocks, which must be neighbours.
         """
         sampling = batch.sampling
-        if len(sampling.rows) != 1 or len(sampling.banned_ids) or sampling.temperatures[0]:
+        if len(sampling.rows) != 1 or not sampling.is_plain:
             return None
         inputs = self._buffers.build_window(batch, cache, self._num_rounds)
         if inputs is None:
             return None
         ids, greatest = self._recording(inputs.token_ids, inputs.attention.positions, inputs.cache)
         is_finite = all(map(math.isfinite, greatest.tolist()))
-        return StepTokens(ids.numpy()[None], np.array([is_finite]))
+        status = RowStatus.OK if is_finite else RowStatus.NON_FINITE
+        return StepTokens(ids.numpy()[None], np.array([status], np.int32))

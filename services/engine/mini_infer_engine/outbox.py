@@ -10,14 +10,17 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from mini_infer.errors import MiniInferError
+from mini_infer.logprobs import LogprobColumns, joined
 from mini_infer.messages import (
     NO_STOP_TOKEN,
     Accepted,
     EngineBeat,
     FinishCode,
     Message,
+    PromptLogprobs,
     Refused,
     StepOutput,
 )
@@ -46,7 +49,12 @@ class StepRows:
     @property
     def num_bytes(self) -> int:
         """About what it takes as a frame."""
-        return sum(40 * len(part.keys) + 5 * sum(map(len, part.token_ids)) for part in self.parts)
+        return sum(
+            40 * len(part.keys)
+            + 5 * sum(map(len, part.token_ids))
+            + sum(each.num_bytes for each in part.logprobs.values())
+            for part in self.parts
+        )
 
     def numbered(self, epoch: int, seq: int) -> StepOutput:
         """The message, in which each stream has one row."""
@@ -67,7 +75,19 @@ class StepRows:
             finish_codes=finish_codes,
             stop_token_ids=stop_token_ids,
             finished=[end.accounting for _, end in sorted(rows.ends.items())],
+            **_logprobs(rows),
         )
+
+
+def _logprobs(rows: StepUpdates) -> dict[str, list[Any]]:
+    """The columns of log-probabilities; most steps have none."""
+    if not rows.logprobs:
+        return {}
+    with_logprobs = [row for row, key in enumerate(rows.keys) if key in rows.logprobs]
+    return {
+        "logprob_rows": with_logprobs,
+        "logprobs": [rows.logprobs[rows.keys[row]] for row in with_logprobs],
+    }
 
 
 def _merged(parts: Iterable[StepUpdates]) -> StepUpdates:
@@ -75,7 +95,10 @@ def _merged(parts: Iterable[StepUpdates]) -> StepUpdates:
     starts: dict[StreamKey, int] = {}
     token_ids: dict[StreamKey, list[int]] = {}
     ends: dict[StreamKey, SequenceEnd] = {}
+    logprobs: dict[StreamKey, list[LogprobColumns]] = {}
     for part in parts:
+        for key, columns in part.logprobs.items():
+            logprobs.setdefault(key, []).append(columns)
         for key, start, ids, end in part.rows():
             starts.setdefault(key, start)
             token_ids.setdefault(key, []).extend(ids)
@@ -84,6 +107,7 @@ def _merged(parts: Iterable[StepUpdates]) -> StepUpdates:
     merged = StepUpdates()
     for key, start in starts.items():
         merged.add(key, start, token_ids[key], ends.get(key))
+    merged.logprobs = {key: joined(columns) for key, columns in logprobs.items()}
     return merged
 
 
@@ -95,6 +119,8 @@ def _by_owner(updates: StepUpdates) -> dict[bytes, StepUpdates]:
     divided = {owner: StepUpdates() for owner in owners}
     for key, start, token_ids, end in updates.rows():
         divided[key.owner].add(key, start, token_ids, end)
+    for owner, rows in divided.items():
+        rows.logprobs = {key: each for key, each in updates.logprobs.items() if key.owner == owner}
     return divided
 
 
@@ -105,8 +131,9 @@ Outgoing = tuple[bytes | None, Message | StepRows]
 class Outbox:
     """A queue from the engine loop to the socket thread, which it wakes."""
 
-    def __init__(self) -> None:
-        """Makes an empty outbox."""
+    def __init__(self, epoch: int) -> None:
+        """Makes an empty outbox of an engine of this epoch."""
+        self._epoch = epoch
         self._queue: queue.SimpleQueue[Outgoing] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
@@ -132,6 +159,9 @@ class Outbox:
         """Tells each gateway what a step did for its streams, and sends all that is queued."""
         for key, error in updates.failures:
             self.refuse(key, error)
+        for key, start, columns in updates.prompt_logprobs:
+            scores = PromptLogprobs(self._epoch, key.stream, start, columns)
+            self._queue.put((key.owner, scores))
         for owner, rows in _by_owner(updates).items():
             self._queue.put((owner, StepRows(step, [rows])))
         if not self._queue.empty():

@@ -12,8 +12,10 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from mini_infer_engine.batch import Ints, SamplingColumns, ScheduledBatch
+from mini_infer_engine.batch import Ints, ScheduledBatch
 from mini_infer_engine.block_manager import BlockTransfers
+from mini_infer_engine.prompt_scores import score_prompts
+from mini_infer_engine.sampling_slots import SamplingSlots
 from mini_infer_engine.sequence import Sequence
 from mini_infer_engine.waiting_queue import scheduling_key
 
@@ -32,11 +34,7 @@ class RunningBatch:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._block_tables = np.zeros((max_num_seqs, _FIRST_WIDTH), np.int64)
         self._num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
-        self._min_tokens = np.zeros(max_num_seqs, np.int64)
-        self._temperatures = np.zeros(max_num_seqs, np.float32)
-        self._top_ks = np.zeros(max_num_seqs, np.int64)
-        self._top_ps = np.zeros(max_num_seqs, np.float32)
-        self._seeds = np.zeros(max_num_seqs, np.uint64)
+        self._sampling = SamplingSlots(max_num_seqs)
 
     def __len__(self) -> int:
         """Sequences that run."""
@@ -64,13 +62,8 @@ class RunningBatch:
         """Takes a sequence in, with the blocks that it has."""
         bisect.insort(self._sequences, sequence, key=scheduling_key)
         slot = sequence.slot = self._free_slots.pop()
-        sampling = sequence.sampling
         self._num_prompt_tokens[slot] = sequence.num_prompt_tokens
-        self._min_tokens[slot] = sampling.min_tokens
-        self._temperatures[slot] = sampling.temperature
-        self._top_ks[slot] = sampling.top_k
-        self._top_ps[slot] = sampling.top_p
-        self._seeds[slot] = sampling.seed
+        self._sampling.put(slot, sequence)
         self._widen(len(sequence.block_table))
         self._block_tables[slot, : len(sequence.block_table)] = sequence.block_table
 
@@ -127,9 +120,13 @@ class RunningBatch:
             ),
             block_tables=self._block_tables[slots, :width],
             num_decodes=num_decodes,
-            sampling=self._sampling(
-                sequences, slots, num_computed + num_scheduled, np.array(rows, np.int64)
+            sampling=self._sampling.columns(
+                [sequences[row] for row in rows],
+                np.array(rows, np.int64),
+                slots[rows],
+                (num_computed + num_scheduled - self._num_prompt_tokens[slots])[rows],
             ),
+            scored=score_prompts(prefills, num_decodes),
             swap_outs=_pairs(transfers.swap_outs),
             zero_blocks=np.array(transfers.zero_blocks, np.int64),
             swap_ins=_pairs(transfers.swap_ins),
@@ -150,27 +147,6 @@ class RunningBatch:
         for each in self._sequences:
             row = self._block_tables[each.slot, : len(each.block_table)]
             assert row.tolist() == each.block_table, f"the blocks of {each} are not its columns'"
-
-    def _sampling(
-        self, sequences: Seq[Sequence], slots: Ints, num_tokens: Ints, rows: Ints
-    ) -> SamplingColumns:
-        sampled = slots[rows]
-        positions = num_tokens[rows] - self._num_prompt_tokens[sampled]
-        banned = [
-            (index, token_id)
-            for index in np.flatnonzero(positions < self._min_tokens[sampled]).tolist()
-            for token_id in sequences[rows[index]].end_ids
-        ]
-        return SamplingColumns(
-            rows=rows,
-            temperatures=self._temperatures[sampled],
-            top_ks=self._top_ks[sampled],
-            top_ps=self._top_ps[sampled],
-            seeds=self._seeds[sampled],
-            positions=positions,
-            banned_rows=np.array([index for index, _ in banned], np.int64),
-            banned_ids=np.array([token_id for _, token_id in banned], np.int64),
-        )
 
     def _widen(self, width: int) -> None:
         while width > self._block_tables.shape[1]:

@@ -1,97 +1,217 @@
-"""Chooses the next token of each row from its logits.
+"""Chooses the next token of each row from its logits, and says how likely it was.
 
-Greedy rows take the likeliest token. Others divide the logits by the temperature, keep the top-k
-likeliest, then the smallest set of likeliest whose share of the kept probability reaches top-p,
-and draw from what is left by inverting its cumulative distribution.
+The order is that of vLLM: biases and bans, penalties, masks, temperature, min-p, top-k, top-p,
+typical-p, and then the draw (`mini_infer_kernels`, `docs/sampling.md`). The random number of a draw
+is a function of seed, output position and token id alone, so a request draws the same in any batch,
+after preemption, and when it is resumed.
 
-The random number of a draw is a function of the request's seed and the output position alone
-(counter-based: Philox4x64-10, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC
-2011, as numpy implements it), so a request draws the same in any batch, after preemption, and
-when it is resumed.
+Log-probabilities are of the model's own distribution, before all of that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
 import numpy as np
 import torch
+from mini_infer.logprobs import LogprobColumns
+from mini_infer_kernels.sampling_kernels import (
+    DrawControls,
+    SamplingKernels,
+    TokenCounts,
+)
+from numpy.typing import NDArray
 
-from mini_infer_engine.batch import Bools, Ints, SamplingColumns
+from mini_infer_engine.batch import (
+    FillMasks,
+    Ints,
+    RowStatus,
+    SamplingColumns,
+    ScoredPrompts,
+    StepTokens,
+    TokenHistory,
+)
 
-_MIN_TEMPERATURE = 1e-5
-"""Below it logits would overflow; the distribution is all on the likeliest token anyway."""
+_SCORED_AT_ONCE = 128
+"""Tokens of prompts whose logits are held at a time."""
 
 
-def uniform(seed: int, position: int) -> float:
-    """The random number of one draw, in [0, 1) with 53 bits.
+class Sampler:
+    """Owns what was counted of the running sequences' tokens, by slot."""
+
+    def __init__(
+        self,
+        kernels: SamplingKernels,
+        *,
+        vocab_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        """Makes room to count tokens.
+
+        Args:
+            kernels: The operations.
+            vocab_size: Number of ids of the model.
+            max_num_seqs: Slots.
+            max_model_len: Tokens of a sequence at most.
+            device: Of the logits.
+        """
+        self._kernels = kernels
+        self._vocab_size = vocab_size
+        self._max_num_seqs = max_num_seqs
+        self._max_distinct = min(vocab_size, max_model_len)
+        self._device = device
+        if device.type == "cuda":
+            _ = self._counts  # before the KV cache takes what is left
+
+    @cached_property
+    def _counts(self) -> TokenCounts:
+        return TokenCounts(self._max_num_seqs, self._vocab_size, self._max_distinct, self._device)
+
+    def sample(
+        self, logits: torch.Tensor, columns: SamplingColumns, fill_masks: FillMasks
+    ) -> StepTokens:
+        """Chooses a token per row.
+
+        Args:
+            logits: [R, vocab_size] float32; changed in place.
+            columns: How, for the R rows.
+            fill_masks: Gives the masks of the masked rows; called while the device may still be
+                computing the logits.
+        """
+        if columns.is_plain and not logits.is_cuda:
+            return _likeliest(logits)
+        wanted = np.flatnonzero(columns.num_logprobs >= 0)
+        own = logits.index_select(0, self._tensor(wanted)) if len(wanted) else None
+        self._change(logits, columns)
+        token_ids, statuses = self._kernels.choose_tokens(
+            logits, self._controls(columns, fill_masks)
+        )
+        logprobs = {}
+        if own is not None:
+            chosen = token_ids.index_select(0, self._tensor(wanted))
+            num_top = columns.num_logprobs[wanted]
+            scores = self._scores(own, chosen, int(num_top.max()))
+            logprobs = dict(
+                zip(wanted.tolist(), _packed(scores, np.ones_like(wanted), num_top), strict=True)
+            )
+        return StepTokens(
+            token_ids.numpy(force=True)[:, None], statuses.numpy(force=True), logprobs
+        )
+
+    def score_prompts(
+        self,
+        hidden: torch.Tensor,
+        to_logits: Callable[[torch.Tensor], torch.Tensor],
+        scored: ScoredPrompts,
+    ) -> dict[int, LogprobColumns]:
+        """How likely tokens of prompts are, by index into the rows of `scored`.
+
+        Args:
+            hidden: [T, hidden_size] what the model makes of the batch's tokens.
+            to_logits: Makes [N, vocab_size] float32 logits of some rows of it.
+            scored: The tokens; at least one.
+        """
+        num_top = int(scored.num_logprobs.max())
+        after, token_ids = self._tensor(scored.after), self._tensor(scored.token_ids)
+        parts = []
+        for start in range(0, len(after), _SCORED_AT_ONCE):
+            part = slice(start, start + _SCORED_AT_ONCE)
+            logits = to_logits(hidden.index_select(0, after[part]))
+            parts.append(self._scores(logits, token_ids[part], num_top))
+        scores = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+        return dict(enumerate(_packed(scores, scored.counts, scored.num_logprobs)))
+
+    def _scores(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
+    ) -> list[NDArray[np.generic]]:
+        """Log-probability and rank of a token a row, ids and log-probabilities of the likeliest."""
+        scores = self._kernels.token_logprobs(logits, token_ids, num_top)
+        return [each.numpy(force=True) for each in scores]
+
+    def _change(self, logits: torch.Tensor, columns: SamplingColumns) -> None:
+        """Applies biases, bans and penalties."""
+        if len(columns.bias_ids):
+            self._kernels.add_to_logits(
+                logits,
+                self._tensor(columns.bias_rows),
+                self._tensor(columns.bias_ids),
+                self._tensor(columns.bias_values),
+            )
+        self._count(columns.history)
+        if columns.has_penalties:
+            self._kernels.apply_penalties(
+                logits,
+                self._counts,
+                self._tensor(columns.slots),
+                self._tensor(columns.repetition_penalties),
+                self._tensor(columns.presence_penalties),
+                self._tensor(columns.frequency_penalties),
+            )
+
+    def _count(self, history: TokenHistory) -> None:
+        if len(history.new_slots):
+            self._kernels.reset_counts(self._counts, self._tensor(history.new_slots))
+        if len(history.slots):
+            self._kernels.count_tokens(
+                self._counts,
+                self._tensor(history.slots),
+                self._tensor(history.token_ids),
+                self._tensor(history.is_output),
+            )
+
+    def _controls(self, columns: SamplingColumns, fill_masks: FillMasks) -> DrawControls:
+        mask_indices = np.full(len(columns.rows), -1, np.int32)
+        mask_indices[columns.masked] = np.arange(len(columns.masked))
+        masks = fill_masks() if len(columns.masked) else np.empty((0, 0), np.int32)
+        return DrawControls(
+            temperatures=self._tensor(columns.temperatures),
+            top_ks=self._tensor(columns.top_ks.astype(np.int32)),
+            top_ps=self._tensor(columns.top_ps),
+            min_ps=self._tensor(columns.min_ps),
+            typical_ps=self._tensor(columns.typical_ps),
+            seeds=self._tensor(columns.seeds.view(np.int64)),
+            positions=self._tensor(columns.positions),
+            mask_indices=self._tensor(mask_indices),
+            masks=self._tensor(masks),
+        )
+
+    def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+def _likeliest(logits: torch.Tensor) -> StepTokens:
+    """The likeliest token of each row; numpy searches several times as fast as torch on a CPU."""
+    scores = logits.numpy()
+    ids = scores.argmax(-1)  # NaN is above all
+    greatest = scores[np.arange(len(ids)), ids]
+    statuses = np.where(np.isfinite(greatest), RowStatus.OK, RowStatus.NON_FINITE)
+    statuses[greatest == -np.inf] = RowStatus.NOTHING_ALLOWED
+    return StepTokens(ids[:, None], statuses.astype(np.int32))
+
+
+def _packed(
+    scores: Sequence[NDArray[np.generic]], counts: Ints, num_logprobs: Ints
+) -> list[LogprobColumns]:
+    """Scores of tokens in a row as columns of their owners.
 
     Args:
-        seed: 64 bits.
-        position: Output position of the token that is drawn.
+        scores: As `Sampler._scores` gives them.
+        counts: Tokens of each owner.
+        num_logprobs: Likeliest tokens that each owner wants.
     """
-    bits = np.random.Philox(key=seed, counter=position)
-    return float(bits.random_raw() >> 11) * 2.0**-53
-
-
-def sample(logits: torch.Tensor, columns: SamplingColumns) -> tuple[Ints, Bools]:
-    """Chooses a token per row.
-
-    Args:
-        logits: [R, vocab_size] float32; changed in place.
-        columns: How, for the R rows.
-
-    Returns:
-        [R, 1] token ids, and [R] whether they mean anything: not where a row has NaN or infinity,
-        or nothing that may be chosen.
-    """
-    if len(columns.banned_rows):
-        rows = torch.from_numpy(columns.banned_rows).to(logits.device)
-        ids = torch.from_numpy(columns.banned_ids).to(logits.device)
-        logits[rows, ids] = -torch.inf
-    chosen, finite = _likeliest(logits)
-    if columns.temperatures.any():
-        drawn = np.flatnonzero(columns.temperatures)
-        rows = torch.from_numpy(drawn).to(logits.device)
-        chosen[drawn] = _draw(logits[rows], columns, drawn).numpy(force=True)
-    return chosen[:, None], finite
-
-
-def _likeliest(logits: torch.Tensor) -> tuple[Ints, Bools]:
-    """The likeliest token of each row, and whether its logit is finite; NaN is above all."""
-    if logits.device.type != "cpu":
-        greatest, chosen = logits.max(-1)
-        return chosen.numpy(force=True), greatest.isfinite().numpy(force=True)
-    scores = logits.numpy()  # which searches several times as fast
-    ids = scores.argmax(-1)
-    return ids, np.isfinite(scores[np.arange(len(ids)), ids])
-
-
-def _draw(
-    logits: torch.Tensor, columns: SamplingColumns, drawn: np.typing.NDArray[np.intp]
-) -> torch.Tensor:
-    """Draws from the restricted distributions of the rows whose temperature is not 0."""
-    device = logits.device
-    vocab_size = logits.shape[-1]
-    temperatures = np.maximum(columns.temperatures[drawn], _MIN_TEMPERATURE)
-    # The greatest logit is moved to 0 first: a low temperature cannot overflow it then.
-    logits = logits - logits.amax(-1, keepdim=True)
-    ordered, ids = (logits / _column(temperatures, device)).sort(
-        dim=-1, descending=True, stable=True
-    )
-    top_ks = np.where(columns.top_ks[drawn] == 0, vocab_size, columns.top_ks[drawn])
-    ranks = torch.arange(vocab_size, device=device)
-    ordered.masked_fill_(ranks >= _column(top_ks, device), -torch.inf)
-    probabilities = ordered.double().softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # share of the likelier ones
-    probabilities.masked_fill_(before >= _column(columns.top_ps[drawn], device), 0.0)
-    cumulative = probabilities.cumsum(-1)
-    uniforms = np.array(
-        [uniform(int(columns.seeds[row]), int(columns.positions[row])) for row in drawn]
-    )
-    targets = _column(uniforms, device) * cumulative[:, -1:]
-    picks = torch.searchsorted(cumulative, targets, right=True).clamp_(max=vocab_size - 1)
-    picked: torch.Tensor = ids.gather(-1, picks)
-    return picked.squeeze(-1)
-
-
-def _column(values: np.typing.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(values).to(device).unsqueeze(-1)
+    logprobs, ranks, top_ids, top_logprobs = scores
+    ends = np.cumsum(counts)
+    return [
+        LogprobColumns.from_arrays(
+            logprobs[start:end],
+            ranks[start:end],
+            top_ids[start:end, :k],
+            top_logprobs[start:end, :k],
+        )
+        for start, end, k in zip(
+            (ends - counts).tolist(), ends.tolist(), num_logprobs.tolist(), strict=True
+        )
+    ]

@@ -17,11 +17,9 @@ No tensors, no sockets; one thread.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 
+import numpy as np
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.messages import NO_STOP_TOKEN, EngineCounters, FinishAccounting, FinishCode
 
@@ -31,12 +29,18 @@ from mini_infer_engine.batch import EMPTY_BATCH, ScheduledBatch, StepTokens
 from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.limits import SchedulerLimits, StepBudget
 from mini_infer_engine.preemption import Preemption
+from mini_infer_engine.prompt_scores import tell_prompt_scores
+from mini_infer_engine.row_problem import row_problem
 from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sequence import Sequence, SequenceStatus, StreamKey
 from mini_infer_engine.step_costs import StepCosts
 from mini_infer_engine.step_plan import LaunchedStep, StepPlan
 from mini_infer_engine.step_updates import SequenceEnd, StepUpdates
+from mini_infer_engine.tally import Tally
 from mini_infer_engine.waiting_queue import WaitingQueue
+
+_NO_IDS: list[int] = []
+_RUNNING = FinishCode.RUNNING  # looking up a member of an Enum takes as long as all the rest
 
 
 class Scheduler:
@@ -56,7 +60,8 @@ class Scheduler:
         """
         self.blocks = blocks
         self.costs = costs
-        self._budget = StepBudget(limits, costs, blocks.pool.block_size)
+        self._block_size = blocks.pool.block_size
+        self._budget = StepBudget(limits, costs, self._block_size)
         self._sequences: dict[StreamKey, Sequence] = {}
         self._waiting: WaitingQueue[Sequence] = WaitingQueue(limits.priority_ageing_s)
         self._running = RunningBatch(limits.max_num_seqs)
@@ -70,18 +75,14 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_watermark_blocks = math.ceil(limits.kv_watermark * blocks.pool.num_blocks)
         self.num_steps = 0
-        self._refusals: Counter[str] = Counter()
-        self._num_prefill_tokens = 0
-        self._num_decode_tokens = 0
-        self._num_expired_waiting = 0
-        self._num_expired_running = 0
+        self.tally = Tally()
 
     # --- queues ---------------------------------------------------------------------------------
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to schedule and nothing to report."""
-        return not self._sequences and not self._updates.keys
+        return not self._sequences and self._updates.is_empty
 
     @property
     def num_running(self) -> int:
@@ -105,31 +106,7 @@ class Scheduler:
 
     def counters(self) -> EngineCounters:
         """What was decided so far."""
-        blocks = self.blocks
-        return EngineCounters(
-            num_prefill_tokens=self._num_prefill_tokens,
-            num_decode_tokens=self._num_decode_tokens,
-            num_queried_tokens=blocks.num_queried_tokens,
-            num_hit_tokens=blocks.num_hit_tokens,
-            num_recomputes=self._preemption.num_recomputes,
-            num_swaps=self._preemption.num_swaps,
-            num_swapped_out_blocks=blocks.num_swapped_out_blocks,
-            num_swapped_in_blocks=blocks.num_swapped_in_blocks,
-            num_copied_blocks=blocks.num_copied_blocks,
-            num_evicted_blocks=blocks.pool.num_evicted,
-            num_expired_waiting=self._num_expired_waiting,
-            num_expired_running=self._num_expired_running,
-            refusals=dict(self._refusals),
-        )
-
-    @contextmanager
-    def counting_refusals(self) -> Iterator[None]:
-        """Counts the error with which a request is refused in the block."""
-        try:
-            yield
-        except MiniInferError as error:
-            self._refusals[error.reason.value] += 1
-            raise
+        return self.tally.counters(self.blocks, self._preemption)
 
     def has_room(self, group: Seq[Sequence]) -> bool:
         """Whether sequences that share a prompt may queue, as far as the queue is concerned."""
@@ -153,7 +130,7 @@ class Scheduler:
                 is not expected to get its first token in time.
         """
         group = [sequence, *siblings]
-        with self.counting_refusals():
+        with self.tally.counting_refusals():
             self._check(group, now)
         for each in group:
             self._sequences[each.key] = each
@@ -176,7 +153,7 @@ class Scheduler:
         if sequence is None:
             return False
         if report:
-            self._end_outside_step(sequence, FinishCode.ABORTED, now)
+            self._finish(sequence, FinishCode.ABORTED, self._updates, now)
         else:
             self._end(sequence, now)
         return True
@@ -201,6 +178,13 @@ class Scheduler:
         self._launched[self.num_steps] = plan.launch(transfers.num_swapped, now)
         return self._running.build(self.num_steps, plan.decodes, plan.prefills, transfers)
 
+    def masked_sequences(self, batch: ScheduledBatch) -> list[Sequence]:
+        """Those of a launched step that choose from a set of ids, as `sampling.masked` has them."""
+        if batch.is_empty:
+            return []
+        sequences = self._launched[batch.step].sequences
+        return [sequences[row] for row in batch.sampling.rows[batch.sampling.masked]]
+
     def finish_step(self, batch: ScheduledBatch, tokens: StepTokens, now: float) -> StepUpdates:
         """Takes a step's tokens in and says what became of its sequences.
 
@@ -216,34 +200,27 @@ class Scheduler:
         if batch.is_empty:
             return updates
         step = self._launched.pop(batch.step)
-        self._num_prefill_tokens += step.work.num_prefill_tokens
+        self.tally.num_prefill_tokens += step.work.num_prefill_tokens
         self.costs.note(work=step.work, seconds=now - step.started)
-        sampled = batch.sampling.rows
-        chosen = dict(zip(sampled.tolist(), tokens.token_ids.tolist(), strict=True))
-        failed = set(sampled[~tokens.finite].tolist())
-        running, ended = FinishCode.RUNNING, SequenceStatus.ENDED
-        block_size = self.blocks.pool.block_size
+        tell_prompt_scores(step, batch, tokens, updates)
+        sampled = batch.sampling.rows.tolist()
+        chosen = dict(zip(sampled, tokens.token_ids.tolist(), strict=True))
+        bad = np.flatnonzero(tokens.statuses).tolist()
+        statuses = {sampled[index]: int(tokens.statuses[index]) for index in bad}
+        logprobs = {sampled[index]: columns for index, columns in tokens.logprobs.items()}
+        ended = SequenceStatus.ENDED
         rows = zip(step.sequences, step.num_scheduled_tokens, strict=True)
         for row, (sequence, num_tokens) in enumerate(rows):
             sequence.num_in_flight -= 1
             if sequence.status is ended:
                 self._release_if_done(sequence)
-                continue
-            if row in failed:
-                self._fail(sequence, updates, now)
-                continue
-            start = len(sequence.token_ids) - sequence.num_prompt_tokens
-            ids = chosen.get(row, [])
-            code = sequence.advance(num_tokens, ids)
-            if sequence.num_computed_tokens // block_size > sequence.num_committed_blocks:
-                self.blocks.commit(sequence)
-            if ids:
-                sequence.times.note_token(now)
-                if code is running:
-                    updates.add(sequence.key, start, ids)
-                else:
-                    self._finish(sequence, start, code, updates, now)
-        self._num_decode_tokens += updates.num_tokens
+            elif row in statuses:
+                self._fail(sequence, row_problem(sequence, statuses[row]), updates, now)
+            else:
+                self._go_on(sequence, num_tokens, chosen.get(row, _NO_IDS), updates, now)
+                if row in logprobs:
+                    updates.logprobs[sequence.key] = logprobs[row]
+        self.tally.num_decode_tokens += updates.num_tokens
         return updates
 
     def check_integrity(self) -> None:
@@ -291,21 +268,20 @@ class Scheduler:
     def _expire(self, now: float) -> None:
         for key in self._deadlines.take_due(now):
             sequence = self._sequences[key]
-            has_run = sequence.times.first_step is not None
-            self._num_expired_running += has_run
-            self._num_expired_waiting += not has_run
-            self._end_outside_step(sequence, FinishCode.DEADLINE, now)
+            self.tally.note_expired(has_run=sequence.times.first_step is not None)
+            self._finish(sequence, FinishCode.DEADLINE, self._updates, now)
 
     def _continue_running(self, now: float) -> StepPlan:
         """A step of those that run: first one token for each of which just that is left."""
         decodes: list[Sequence] = []
         unfinished: list[Sequence] = []
-        block_size = self.blocks.pool.block_size
         for sequence in list(self._running):
             num_tokens = len(sequence.token_ids)
-            if num_tokens > len(sequence.block_table) * block_size:
-                if not self._preemption.make_room(sequence, now):
-                    break  # it was the last one
+            num_missing = -(-num_tokens // self._block_size) - len(sequence.block_table)
+            if num_missing > 0 and not all(
+                self._preemption.make_room(sequence, now) for _ in range(num_missing)
+            ):
+                break  # it was the last one
             if sequence.num_computed_tokens == num_tokens - 1:
                 decodes.append(sequence)
             else:
@@ -322,10 +298,11 @@ class Scheduler:
         """Lets those that wait join while tokens, places and blocks are left."""
         while self._running.num_free_slots and self._budget.prefill_tokens(plan.work) > 0:
             # Those whose parent is still at their prompt let others go before them.
-            ready = (each for each in self._waiting if not each.must_wait_for_parent)
-            sequence = next(ready, None)
+            sequence = next((each for each in self._waiting if each.is_ready), None)
             if sequence is None:
                 return
+            if self._ends_unstarted(sequence, now):
+                continue
             # Room for all of it, not just for this step's part: a sequence that joined without
             # would soon have to leave again.
             if not self.blocks.join(sequence, self._num_watermark_blocks if self._running else 0):
@@ -343,29 +320,54 @@ class Scheduler:
 
     # --- how sequences go on and end ------------------------------------------------------------
 
-    def _finish(
-        self, sequence: Sequence, start: int, code: FinishCode, updates: StepUpdates, now: float
+    def _go_on(
+        self, sequence: Sequence, num_tokens: int, ids: list[int], updates: StepUpdates, now: float
     ) -> None:
-        """Ends a sequence with the tokens that it has got from output position `start` on."""
-        token_ids = sequence.token_ids[sequence.num_prompt_tokens + start :]
+        """Takes in what a step did for a sequence: so many tokens computed, these ids chosen."""
+        try:
+            code = sequence.advance(num_tokens, ids)
+        except MiniInferError as error:
+            self._fail(sequence, error, updates, now)
+            return
+        if sequence.num_computed_tokens // self._block_size > sequence.num_committed_blocks:
+            self.blocks.commit(sequence)
+        if ids:
+            sequence.times.note_token(now)
+            if code is _RUNNING:
+                updates.add(sequence.key, *sequence.take_untold())
+            else:
+                self._finish(sequence, code, updates, now)
+
+    def _ends_unstarted(self, sequence: Sequence, now: float) -> bool:
+        """Whether a sequence that waits ends without a step, for its language's sake."""
+        try:
+            code = sequence.begin()
+        except MiniInferError as error:
+            self._fail(sequence, error, self._updates, now)
+            return True
+        if code is _RUNNING:
+            return False
+        self._finish(sequence, code, self._updates, now)
+        return True
+
+    def _finish(
+        self, sequence: Sequence, code: FinishCode, updates: StepUpdates, now: float
+    ) -> None:
+        """Ends a sequence with the output that was not told yet."""
+        start, token_ids = sequence.take_untold()
         stop_token_id = token_ids[-1] if code is FinishCode.STOP_TOKEN else NO_STOP_TOKEN
         end = SequenceEnd(code, stop_token_id, self._accounting(sequence, now))
         updates.add(sequence.key, start, token_ids, end)
         self._end(sequence, now)
 
-    def _fail(self, sequence: Sequence, updates: StepUpdates, now: float) -> None:
-        self.blocks.condemn(sequence)
+    def _fail(
+        self, sequence: Sequence, error: MiniInferError, updates: StepUpdates, now: float
+    ) -> None:
+        """Ends a sequence alone with an error."""
+        if error.reason is ErrorReason.NUMERICAL_ERROR:
+            self.blocks.condemn(sequence)
         self._end(sequence, now)
-        message = (
-            "the model's logits are not finite numbers: the weights or the prompt are at fault"
-        )
-        error = MiniInferError(ErrorReason.NUMERICAL_ERROR, message)
         updates.failures.append((sequence.key, error))
-
-    def _end_outside_step(self, sequence: Sequence, code: FinishCode, now: float) -> None:
-        end = SequenceEnd(code, NO_STOP_TOKEN, self._accounting(sequence, now))
-        self._updates.add(sequence.key, sequence.num_output_tokens, [], end)
-        self._end(sequence, now)
 
     def _accounting(self, sequence: Sequence, now: float) -> FinishAccounting:
         return sequence.times.accounting(

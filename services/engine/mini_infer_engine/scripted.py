@@ -19,7 +19,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
 from mini_infer.model_folder import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, read_json_object
 
-from mini_infer_engine.batch import NO_TOKENS, ScheduledBatch, StepTokens
+from mini_infer_engine.batch import NO_TOKENS, FillMasks, ScheduledBatch, StepTokens, fill_no_masks
 from mini_infer_engine.build_scheduler import build_scheduler
 from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.served_model import read_served_model
@@ -65,8 +65,8 @@ class ScriptedRunner:
         self._step_s = step_s
         self._tokens_per_row = tokens_per_row
 
-    def run(self, batch: ScheduledBatch) -> StepTokens:
-        """Waits for the step's time and gives its tokens."""
+    def run(self, batch: ScheduledBatch, fill_masks: FillMasks = fill_no_masks) -> StepTokens:
+        """Waits for the step's time and gives its tokens, whatever the rows ask for."""
         if batch.is_empty:
             return NO_TOKENS
         time.sleep(self._step_s)
@@ -81,7 +81,7 @@ class ScriptedRunner:
         num_rows = len(columns.rows)
         return StepTokens(
             np.array(token_ids, np.int64).reshape(num_rows, self._tokens_per_row),
-            np.ones(num_rows, np.bool_),
+            np.zeros(num_rows, np.int32),
         )
 
 

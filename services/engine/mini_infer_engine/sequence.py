@@ -9,8 +9,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+import numpy as np
+from mini_infer.logprobs import NO_LOGPROBS
 from mini_infer.messages import FinishAccounting, FinishCode
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
+from numpy.typing import NDArray
+
+from mini_infer_engine.logit_bias import LogitBias
+from mini_infer_engine.output_grammar import OutputGrammar
+from mini_infer_engine.repetition import RepetitionDetector
 
 _RUNNING = FinishCode.RUNNING  # looking up a member of an Enum takes as long as all the rest
 
@@ -96,6 +103,9 @@ class Sequence:
             embeddings depend on that length (`layers/rotary.py`).
         sampling: How to choose and when to stop.
         end_ids: Ids that end the sequence: its stop ids, and the model's unless ignored.
+        bias: What its rules add to its logits, or None.
+        grammar: Its place in the language of its output, or None.
+        allowed_mask: [words] the ids that may be chosen, as in `TokenMasks`; None allows all.
         deadline: Monotonic time at which it ends, or None.
         priority: Its class; lower ones run first.
         rank: The class that it has come to have by waiting (`waiting_queue.py`).
@@ -117,26 +127,37 @@ class Sequence:
         block_names: Names of its full blocks, as far as they were needed.
         num_committed_blocks: Blocks of its table that were offered to the prefix cache.
         num_cached_tokens: Prompt tokens that were not computed, when it first joined.
+        num_told_tokens: Tokens of output that updates have told of, or that were there before.
+        num_scored_tokens: Tokens of the prompt, the first one included, whose log-probabilities
+            were told.
+        num_counted_tokens: Tokens that the sampler has counted in its slot, for penalties.
     """
 
     __slots__ = (
+        "_repetition",
         "_turning_point",
+        "allowed_mask",
         "arrival_number",
+        "bias",
         "block_names",
         "block_table",
         "cache_scope",
         "deadline",
         "end_ids",
+        "grammar",
         "host_blocks",
         "key",
         "max_num_tokens",
         "num_cached_tokens",
         "num_committed_blocks",
         "num_computed_tokens",
+        "num_counted_tokens",
         "num_in_flight",
         "num_pending_tokens",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_scored_tokens",
+        "num_told_tokens",
         "num_turned_together",
         "parent",
         "priority",
@@ -162,6 +183,8 @@ class Sequence:
         turning_point: int | None = None,
         cache_scope: tuple[str, ...] | None = None,
         parent: Sequence | None = None,
+        grammar: OutputGrammar | None = None,
+        allowed_mask: NDArray[np.int32] | None = None,
     ) -> None:
         """Makes a sequence that waits.
 
@@ -176,6 +199,8 @@ class Sequence:
             turning_point: Length of text behind which all of its tokens are turned anew, or None.
             cache_scope: What must be equal, beside the text, where prefixes are shared; or None.
             parent: A sequence with the same prompt, whose blocks it shares where it can.
+            grammar: Of `sampling.grammar`, at its beginning.
+            allowed_mask: [words] of `sampling.allowed_token_ids`, as in `TokenMasks`.
         """
         self.key = key
         self.token_ids = [*prompt_ids, *output_ids]
@@ -192,6 +217,13 @@ class Sequence:
         self.sampling = sampling
         model_ends = () if sampling.ignore_eos else eos_token_ids
         self.end_ids = frozenset(sampling.stop_token_ids).union(model_ends)
+        # A language admits its end wherever it may end; a sequence that ignores it goes on.
+        never = eos_token_ids if grammar is not None and sampling.ignore_eos else ()
+        self.bias = LogitBias.of(sampling, self.end_ids, set(never) - self.end_ids)
+        self.grammar = grammar
+        self.allowed_mask = allowed_mask
+        limit = sampling.repetition
+        self._repetition = None if limit is None else RepetitionDetector(limit, output_ids)
         self.deadline = deadline
         self.priority = self.rank = priority
         self.arrival_number = 0
@@ -208,10 +240,15 @@ class Sequence:
             self.times.arrival = parent.times.arrival  # they wait and age together
         self.block_table: list[int] = []
         self.host_blocks: list[int] = []
-        self.cache_scope = None if may_turn else cache_scope
+        # What the model thinks of a prompt is not in the cache.
+        may_share = not may_turn and sampling.num_prompt_logprobs == NO_LOGPROBS
+        self.cache_scope = cache_scope if may_share else None
         self.block_names: list[bytes] = []
         self.num_committed_blocks = 0
         self.num_cached_tokens = 0
+        self.num_told_tokens = len(output_ids)
+        self.num_scored_tokens = 1
+        self.num_counted_tokens = 0
 
     @property
     def num_tokens(self) -> int:
@@ -222,6 +259,17 @@ class Sequence:
     def num_output_tokens(self) -> int:
         """Tokens of output: also the output position of the next one."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether it chooses from a set of ids."""
+        return self.grammar is not None or self.allowed_mask is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can join: its language is compiled, and the prompt that it shares is there."""
+        has_grammar = self.grammar is None or self.grammar.is_ready
+        return has_grammar and not self.must_wait_for_parent
 
     @property
     def must_wait_for_parent(self) -> bool:
@@ -238,35 +286,83 @@ class Sequence:
         """Whether the next token must not be one of `end_ids`."""
         return self.num_output_tokens < self.sampling.min_tokens
 
+    def begin(self) -> FinishCode:
+        """Finds its place in its language, and takes the tokens that must come first.
+
+        Call it each time before the sequence joins; only the first time does anything. A sequence
+        whose whole output is one possible text has ended then.
+
+        Raises:
+            MiniInferError: GRAMMAR_INVALID where the language cannot be used, or does not hold
+                the output that exists.
+        """
+        if self.grammar is None or self.grammar.has_begun:
+            return _RUNNING
+        self.grammar.begin(self.token_ids[self.num_prompt_tokens :])
+        return FinishCode.GRAMMAR if self.grammar.is_complete else self._jump_ahead()
+
     def advance(self, num_computed: int, token_ids: Seq[int]) -> FinishCode:
         """Takes in what a step did, and says whether the sequence has ended.
 
-        The end ids count at output positions from `min_tokens` on.
+        The end ids count at output positions from `min_tokens` on. Tokens that must follow in the
+        sequence's language are taken as well; they are not computed yet.
 
         Args:
             num_computed: Tokens that were computed.
             token_ids: Tokens that were chosen, perhaps none. Those behind the last one of the
                 sequence are left out. All but the last are computed as well, unless they have to
                 be turned anew.
+
+        Raises:
+            MiniInferError: GRAMMAR_INVALID where the language took more than it may.
         """
+        num_before = len(self.token_ids)
+        code = self._append(token_ids)
+        num_chosen = len(self.token_ids) - num_before
+        self.num_computed_tokens += num_computed + max(0, num_chosen - 1)
+        if num_chosen and code is _RUNNING and self.grammar is not None:
+            code = self._jump_ahead()
+        turning_point = self._turning_point
+        if turning_point is not None and num_before <= turning_point < len(self.token_ids):
+            self.num_turned_together = turning_point + 1
+            self.num_computed_tokens = 0
+        return code
+
+    def take_untold(self) -> tuple[int, list[int]]:
+        """The output that no update has told of: its position, and its ids, perhaps none."""
+        start = self.num_told_tokens
+        token_ids = self.token_ids[self.num_prompt_tokens + start :]
+        self.num_told_tokens += len(token_ids)
+        return start, token_ids
+
+    def _append(self, token_ids: Seq[int]) -> FinishCode:
+        """Adds tokens of output up to the one that ends it."""
         known, end_ids = self.token_ids, self.end_ids
-        num_before = len(known)
-        code = _RUNNING
+        is_watched = self.grammar is not None or self._repetition is not None
         for token_id in token_ids:
             may_end = token_id in end_ids and not self.ends_are_banned
             known.append(token_id)
             if may_end:
-                code = FinishCode.STOP_TOKEN
-                break
+                return FinishCode.STOP_TOKEN
+            if is_watched and (code := self._watch(token_id)) is not _RUNNING:
+                return code
             if len(known) >= self.max_num_tokens:
-                code = FinishCode.LENGTH
-                break
-        self.num_computed_tokens += num_computed + max(0, len(known) - num_before - 1)
-        turning_point = self._turning_point
-        if turning_point is not None and num_before <= turning_point < len(known):
-            self.num_turned_together = turning_point + 1
-            self.num_computed_tokens = 0
-        return code
+                return FinishCode.LENGTH
+        return _RUNNING
+
+    def _watch(self, token_id: int) -> FinishCode:
+        """What a token that is just added means for the language, and for repetition."""
+        if self.grammar is not None:
+            self.grammar.consume(token_id)
+            if self.grammar.is_complete:
+                return FinishCode.GRAMMAR
+        repeats = self._repetition is not None and self._repetition.note(token_id)
+        return FinishCode.REPETITION if repeats and not self.ends_are_banned else _RUNNING
+
+    def _jump_ahead(self) -> FinishCode:
+        """Takes the tokens that alone can follow; nothing has to be chosen for them."""
+        assert self.grammar is not None
+        return self._append(self.grammar.forced())
 
     def __repr__(self) -> str:
         """For people who debug."""

@@ -9,19 +9,19 @@ from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError, ErrorReason, MiniInferError
 from mini_infer.messages import PROTOCOL_VERSION, EngineWelcome
 from mini_infer.model_folder import tokenizer_hash
-from mini_infer.sampling_params import (
-    MAX_CHOICES,
-    MAX_SEED,
-    MAX_TEMPERATURE,
-    MAX_TOP_K,
-    GenerationDefaults,
-    ResolvedSampling,
-)
+from mini_infer.resolved_sampling import GenerationDefaults, ResolvedSampling
+from mini_infer.sampling_params import MAX_BAD_WORDS, MAX_CHOICES, as_params
 from mini_infer.scheduling_params import MAX_PRIORITY
 
+from mini_infer_engine.batch import TokenMasks
 from mini_infer_engine.generation_config import read_generation_defaults
+from mini_infer_engine.grammars import Grammars
 from mini_infer_engine.model_config import ModelConfig, model_fingerprint
 from mini_infer_engine.sequence import Sequence, StreamKey
+from mini_infer_engine.token_masks import fill_masks, mask_of, num_mask_words
+
+MAX_BAD_WORD_LISTS = 3 * MAX_BAD_WORDS
+"""A word is at most so many lists of ids (`mini_infer_tokenizer.bad_words`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,7 @@ class ServedModel:
         dtype: Of the weights as they run, such as "float32".
         fingerprint: Engines with equal ones serve the same model.
         tokenizer_hash: SHA-256 of the tokenizer's files.
+        grammars: Languages of structured outputs.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ServedModel:
     dtype: str
     fingerprint: str
     tokenizer_hash: str
+    grammars: Grammars
 
     def sequences(
         self,
@@ -86,6 +88,11 @@ class ServedModel:
             )
         if len(prompt_ids) > self.config.max_plain_prompt:
             cache_scope = (*cache_scope, str(len(prompt_ids)))
+        allowed_mask = None
+        if sampling.allowed_token_ids:
+            allowed_mask = mask_of(
+                sampling.allowed_token_ids, num_mask_words(self.config.vocab_size)
+            )
         made: list[Sequence] = []
         for index, key in enumerate(keys):
             sequence = Sequence(
@@ -99,27 +106,33 @@ class ServedModel:
                 turning_point=self.config.turning_point,
                 cache_scope=cache_scope,
                 parent=made[0] if made else None,
+                grammar=self.grammars.output_grammar(sampling),
+                allowed_mask=allowed_mask,
             )
             made.append(sequence)
         return made
 
+    def fill_masks(self, sequences: Seq[Sequence]) -> TokenMasks:
+        """The masks of sequences that choose from a set of ids, in their order."""
+        return fill_masks(sequences, num_mask_words(self.config.vocab_size))
+
     def _problem(
         self, prompt_ids: Seq[int], output_ids: Seq[int], sampling: ResolvedSampling
     ) -> str | None:
-        ids = [*prompt_ids, *output_ids, *sampling.stop_token_ids]
         if not prompt_ids:
             return "expected at least one prompt token, got none"
-        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            return f"expected token ids from 0 to {self.config.vocab_size - 1}"
-        if not 0 <= sampling.temperature <= MAX_TEMPERATURE or not 0 < sampling.top_p <= 1:
-            return "expected a temperature from 0 to 100 and a top_p above 0 and at most 1"
-        if not 0 <= sampling.top_k <= MAX_TOP_K or not 0 <= sampling.seed <= MAX_SEED:
-            return f"expected a top_k from 0 to {MAX_TOP_K} and a seed of 64 bits"
-        if not 0 <= sampling.min_tokens <= sampling.max_tokens:
-            return "expected min_tokens from 0 to max_tokens"
+        vocab_size = self.config.vocab_size
+        for ids in (prompt_ids, output_ids, *sampling.bad_words):
+            if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+                return f"expected token ids from 0 to {vocab_size - 1}"
+        if len(sampling.bias_ids) != len(sampling.bias_values) or _has_repeats(sampling.bias_ids):
+            return "expected one bias for each biased id, and each id once"
+        if not all(sampling.bad_words) or len(sampling.bad_words) > MAX_BAD_WORD_LISTS:
+            return f"expected at most {MAX_BAD_WORD_LISTS} lists of bad words, none empty"
         if len(output_ids) >= sampling.max_tokens:
             return f"expected fewer resumed tokens than max_tokens, got {len(output_ids)}"
-        return None
+        violations = as_params(sampling).violations(vocab_size)
+        return f"{violations[0].field}: {violations[0].description}" if violations else None
 
     def welcome(
         self, *, engine_id: str, epoch: int, num_blocks: int, block_size: int
@@ -141,6 +154,10 @@ class ServedModel:
             num_blocks=num_blocks,
             block_size=block_size,
         )
+
+
+def _has_repeats(values: Seq[int]) -> bool:
+    return len(set(values)) < len(values)
 
 
 def read_served_model(config: EngineConfig, model_config: ModelConfig, dtype: str) -> ServedModel:
@@ -169,4 +186,5 @@ def read_served_model(config: EngineConfig, model_config: ModelConfig, dtype: st
         dtype=dtype,
         fingerprint=model_fingerprint(folder),
         tokenizer_hash=tokenizer_hash(folder),
+        grammars=Grammars(folder, model_config.vocab_size, model_config.eos_token_ids),
     )

@@ -88,7 +88,7 @@ def serve(
         num_blocks=scheduler.blocks.pool.num_blocks,
         block_size=scheduler.blocks.pool.block_size,
     )
-    inbox, outbox = Inbox(), Outbox()
+    inbox, outbox = Inbox(), Outbox(epoch)
     sessions = GatewaySessions(address, welcome, inbox, outbox)
     loop = EngineLoop(
         served,

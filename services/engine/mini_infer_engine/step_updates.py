@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mini_infer.errors import MiniInferError
+from mini_infer.logprobs import LogprobColumns
 from mini_infer.messages import NO_STOP_TOKEN, FinishAccounting, FinishCode
 
 from mini_infer_engine.sequence import StreamKey
@@ -24,6 +25,8 @@ class SequenceUpdate:
         stop_token_id: The id that ended it, or `NO_STOP_TOKEN`.
         accounting: Where its time went, once it has ended.
         error: Why it failed. A failed sequence has no finish code.
+        logprobs: Those of the ids, where they are wanted.
+        prompt_logprobs: Those of tokens of the prompt, behind those told before.
     """
 
     key: StreamKey
@@ -33,6 +36,8 @@ class SequenceUpdate:
     stop_token_id: int = NO_STOP_TOKEN
     accounting: FinishAccounting | None = None
     error: MiniInferError | None = None
+    logprobs: LogprobColumns | None = None
+    prompt_logprobs: LogprobColumns | None = None
 
 
 class SequenceEnd(NamedTuple):
@@ -53,6 +58,9 @@ class StepUpdates:
         token_ids: The ids of each row.
         ends: By row, how the sequences that ended did so.
         failures: Sequences without a row: those that failed, and why.
+        logprobs: Of sequences with a row that want them: those of the row's ids.
+        prompt_logprobs: Of tokens of prompts: whose prompt, index of the first one, and those of it
+            and of the tokens behind it.
     """
 
     keys: list[StreamKey] = field(default_factory=list)
@@ -60,6 +68,8 @@ class StepUpdates:
     token_ids: list[list[int]] = field(default_factory=list)
     ends: dict[int, SequenceEnd] = field(default_factory=dict)
     failures: list[tuple[StreamKey, MiniInferError]] = field(default_factory=list)
+    logprobs: dict[StreamKey, LogprobColumns] = field(default_factory=dict)
+    prompt_logprobs: list[tuple[StreamKey, int, LogprobColumns]] = field(default_factory=list)
 
     def add(
         self, key: StreamKey, start: int, token_ids: list[int], end: SequenceEnd | None = None
@@ -70,6 +80,11 @@ class StepUpdates:
         self.keys.append(key)
         self.starts.append(start)
         self.token_ids.append(token_ids)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to tell."""
+        return not (self.keys or self.failures or self.prompt_logprobs)
 
     @property
     def num_tokens(self) -> int:
@@ -83,10 +98,13 @@ class StepUpdates:
 
     def __iter__(self) -> Iterator[SequenceUpdate]:
         """The updates one by one."""
+        for key, _, columns in self.prompt_logprobs:
+            yield SequenceUpdate(key, 0, prompt_logprobs=columns)
         for key, start, token_ids, end in self.rows():
+            logprobs = self.logprobs.get(key)
             if end is None:
-                yield SequenceUpdate(key, start, token_ids)
+                yield SequenceUpdate(key, start, token_ids, logprobs=logprobs)
             else:
-                yield SequenceUpdate(key, start, token_ids, *end)
+                yield SequenceUpdate(key, start, token_ids, *end, logprobs=logprobs)
         for key, error in self.failures:
             yield SequenceUpdate(key, 0, error=error)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.logprobs import NO_LOGPROBS
+from mini_infer.resolved_sampling import ResolvedSampling
 
 from mini_infer_engine.batch import ScheduledBatch
 from mini_infer_engine.block_manager import BlockTransfers
@@ -59,11 +60,21 @@ def num_trial_blocks(prompt_lens: Sequence[int], block_size: int) -> int:
     return sum(-(-(length + 1) // block_size) for length in prompt_lens)
 
 
-def trial_batch(prompt_lens: Sequence[int], block_size: int) -> ScheduledBatch:
-    """The step that computes these prompts at once and samples a token for each."""
+def trial_batch(
+    prompt_lens: Sequence[int], block_size: int, num_logprobs: int = NO_LOGPROBS
+) -> ScheduledBatch:
+    """The step that computes these prompts at once and samples a token for each.
+
+    Args:
+        prompt_lens: Tokens of each.
+        block_size: Of the cache.
+        num_logprobs: Likeliest tokens to tell with each sampled one, or `NO_LOGPROBS`.
+    """
     running = RunningBatch(len(prompt_lens))
     # Not greedy, so that sampling takes what it can take.
-    sampling = ResolvedSampling(temperature=1.0, top_k=0, top_p=0.9, seed=0, max_tokens=1)
+    sampling = ResolvedSampling(
+        temperature=1.0, top_k=0, top_p=0.9, seed=0, max_tokens=1, num_logprobs=num_logprobs
+    )
     num_blocks = 0
     for stream, length in enumerate(prompt_lens):
         key = StreamKey(b"", stream)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from mini_infer.errors import MiniInferError
+from mini_infer.logprobs import NO_LOGPROBS
 from mini_infer.messages import FinishAccounting
 
 from mini_infer_gateway.engine_link import EngineLink
-from mini_infer_gateway.mailbox import Ending, Mailbox
+from mini_infer_gateway.mailbox import MAX_PENDING_TOKENS, Ending, Mailbox
 from mini_infer_gateway.request import EncodedRequest
 from mini_infer_gateway.stream import Stream, TextSide
 
@@ -38,7 +39,9 @@ class Choices:
             next_number: Gives numbers of streams.
         """
         self.request = request
-        self.mailbox = Mailbox(request.num_choices, request.stream_interval)
+        self.mailbox = Mailbox(
+            request.num_choices, request.stream_interval, max_pending_tokens(request)
+        )
         self._engine = engine
         self._streams = [
             Stream(
@@ -81,6 +84,17 @@ class Choices:
         """Frees all streams at engine and tokenizer, at any time and any number of times."""
         for stream in self._streams:
             stream.close()
+
+
+def max_pending_tokens(request: EncodedRequest) -> int:
+    """Tokens that may wait for the client.
+
+    All of a prompt's log-probabilities may: they come as fast as the prompt is computed, and no
+    client can ask for less of them at a time.
+    """
+    if request.sampling.num_prompt_logprobs == NO_LOGPROBS:
+        return MAX_PENDING_TOKENS
+    return MAX_PENDING_TOKENS + len(request.prompt_ids)
 
 
 def call_accounting(endings: Sequence[Ending]) -> FinishAccounting | None:

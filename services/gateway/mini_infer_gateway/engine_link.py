@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import structlog
 from mini_infer.errors import ErrorReason, MiniInferError
+from mini_infer.logprobs import NO_LOGPROBS, LogprobColumns
 from mini_infer.messages import (
     ENGINE_LEASE_S,
     GATEWAY_BEAT_INTERVAL_S,
@@ -27,6 +28,7 @@ from mini_infer.messages import (
     GatewayBeat,
     HelloNeeded,
     HelloRefused,
+    PromptLogprobs,
     Refused,
     StepOutput,
     Submit,
@@ -158,6 +160,8 @@ class EngineLink:
                 self.dropped["before_welcome"] += 1
             case StepOutput():
                 self._on_step(message)
+            case PromptLogprobs():
+                self._on_prompt_logprobs(message)
             case EngineBeat():
                 self._on_beat(message)
             case Refused(number, reason, text, metadata, retry_after_s):
@@ -208,14 +212,17 @@ class EngineLink:
 
     def _deliver_rows(self, step: StepOutput) -> None:
         accounting = iter(step.finished)
+        logprobs = dict(zip(step.logprob_rows, step.logprobs, strict=True))
         end = 0
-        for number, start, count, code, stop_token_id in zip(
-            step.streams,
-            step.starts,
-            step.counts,
-            step.finish_codes,
-            step.stop_token_ids,
-            strict=True,
+        for row, (number, start, count, code, stop_token_id) in enumerate(
+            zip(
+                step.streams,
+                step.starts,
+                step.counts,
+                step.finish_codes,
+                step.stop_token_ids,
+                strict=True,
+            )
         ):
             begin, end = end, end + count
             finish = None
@@ -225,10 +232,16 @@ class EngineLink:
             if stream is None:
                 self.dropped["unknown_stream"] += 1
             else:
-                self._deliver(stream, start, step.token_ids[begin:end], finish)
+                token_ids = step.token_ids[begin:end]
+                self._deliver(stream, start, token_ids, finish, logprobs.get(row))
 
     def _deliver(
-        self, stream: Stream, start: int, token_ids: list[int], finish: EngineFinish | None
+        self,
+        stream: Stream,
+        start: int,
+        token_ids: list[int],
+        finish: EngineFinish | None,
+        logprobs: LogprobColumns | None,
     ) -> None:
         """Passes one row on, less what the stream has already."""
         num_known = len(stream.output_ids)
@@ -236,12 +249,43 @@ class EngineLink:
             self.dropped["lost_tokens"] += 1
             self._lose_stream(stream, f"output tokens {num_known} to {start - 1} were lost")
             return
+        if token_ids and _lacks_logprobs(stream, logprobs):
+            self.dropped["lost_logprobs"] += 1
+            self._lose_stream(stream, "log-probabilities were lost")
+            return
         if start < num_known:
             self.dropped["repeated_tokens"] += 1
+            if logprobs is not None:
+                logprobs = logprobs.part(num_known - start, len(token_ids))
             token_ids = token_ids[num_known - start :]
         if finish is not None:
             del self._streams[stream.number]
-        stream.extend(token_ids, finish)
+        stream.extend(token_ids, finish, logprobs)
+
+    def _on_prompt_logprobs(self, message: PromptLogprobs) -> None:
+        """Passes log-probabilities of a prompt on, less what the stream has already."""
+        if not self._is_current(message.epoch):
+            return
+        stream, logprobs = self._streams.get(message.stream), message.logprobs
+        if stream is None:
+            self.dropped["unknown_stream"] += 1
+            return
+        num_missing = stream.num_missing_prompt_logprobs
+        num_known = len(stream.request.prompt_ids) - num_missing - message.start
+        if not (
+            logprobs.is_consistent
+            and logprobs.num_top == stream.request.sampling.num_prompt_logprobs
+            and 1 <= message.start
+            and 0 <= num_known
+            and logprobs.num_tokens - num_known <= num_missing
+        ):
+            self.dropped["lost_logprobs"] += 1
+            self._lose_stream(stream, "log-probabilities of the prompt were lost")
+            return
+        if num_known > 0:
+            self.dropped["repeated_logprobs"] += 1
+            logprobs = logprobs.part(num_known, logprobs.num_tokens)
+        stream.extend_prompt(logprobs)
 
     def _is_current(self, epoch: int) -> bool:
         if self.welcome is not None and self.welcome.epoch == epoch:
@@ -269,6 +313,12 @@ def _engine_lost(cause: str) -> MiniInferError:
     return MiniInferError(ErrorReason.ENGINE_LOST, f"{cause}; send the request again")
 
 
+def _lacks_logprobs(stream: Stream, logprobs: LogprobColumns | None) -> bool:
+    """Whether output comes without, or before, log-probabilities that were asked for."""
+    num_top = NO_LOGPROBS if logprobs is None else logprobs.num_top
+    return num_top != stream.request.sampling.num_logprobs or stream.num_missing_prompt_logprobs > 0
+
+
 def _is_consistent(step: StepOutput) -> bool:
     """Whether the columns agree with each other."""
     columns: Iterable[list[int]] = (
@@ -284,4 +334,18 @@ def _is_consistent(step: StepOutput) -> bool:
         and sum(step.counts) == len(step.token_ids)
         and _FINISH_CODES.issuperset(step.finish_codes)
         and len(step.finished) == num_finished
+        and _has_consistent_logprobs(step)
+    )
+
+
+def _has_consistent_logprobs(step: StepOutput) -> bool:
+    """Whether the log-probabilities are those of rows, of all ids of each."""
+    rows, all_rows = step.logprob_rows, range(len(step.streams))
+    return (
+        len(rows) == len(step.logprobs)
+        and rows == sorted(set(rows))
+        and all(
+            row in all_rows and each.is_consistent and each.num_tokens == step.counts[row]
+            for row, each in zip(rows, step.logprobs, strict=True)
+        )
     )

@@ -5,25 +5,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 
-from mini_infer.errors import FieldViolation, InvalidRequestError, MiniInferError
+from mini_infer.errors import MiniInferError
 from mini_infer.v1.generate_pb2 import GenerateRequest
 
 from mini_infer_gateway.admission import Admission
 from mini_infer_gateway.choices import Choices, call_accounting
 from mini_infer_gateway.client_stream import ClientStream, Context
+from mini_infer_gateway.encoding import Encoding, encode_request
 from mini_infer_gateway.mailbox import Ending, Parcel
 from mini_infer_gateway.peers import Peers
-from mini_infer_gateway.request import (
-    TIMEOUT_ROUNDING,
-    ChatPrompt,
-    EncodedRequest,
-    GenerationRequest,
-    TextPrompt,
-    TokenPrompt,
-)
+from mini_infer_gateway.request import TIMEOUT_ROUNDING, EncodedRequest, GenerationRequest
 from mini_infer_gateway.request_log import RequestLine
+from mini_infer_gateway.response_writer import ResponseWriter, accounting_metadata
 from mini_infer_gateway.validation import check_generate
-from mini_infer_gateway.wire import ResponseWriter, accounting_metadata
 
 SEED_BITS = 64
 LAST_WORDS_S = 0.05
@@ -73,9 +67,9 @@ class GenerateCall:
         request = check_generate(message, model, self._max_prompt_bytes)
         line.request_id = request.request_id
         with self._admission.admit(request.request_id) as active:
-            prompt_ids = await self._encode(request.prompt, model.vocab_size)
-            line.num_prompt_tokens = len(prompt_ids)
-            choices = self._make_choices(request, prompt_ids, context.time_remaining())
+            encoding = await encode_request(request, self._peers.tokenizer(), model.vocab_size)
+            line.num_prompt_tokens = len(encoding.prompt_ids)
+            choices = self._make_choices(request, encoding, context.time_remaining())
             try:
                 choices.open()
                 active.attach(choices)
@@ -84,39 +78,23 @@ class GenerateCall:
                 line.num_output_tokens = choices.num_released
                 choices.close()
 
-    async def _encode(
-        self, prompt: TextPrompt | ChatPrompt | TokenPrompt, vocab_size: int
-    ) -> list[int]:
-        if isinstance(prompt, TokenPrompt):
-            return prompt.token_ids
-        token_ids = await self._peers.tokenizer().encode(prompt)
-        if token_ids and max(token_ids) < vocab_size:
-            return token_ids
-        problem = "expected at least 1 token, got none"
-        if token_ids:
-            problem = (
-                f"expected a text of tokens that the model knows (ids from 0 to {vocab_size - 1}), "
-                f"got one of id {max(token_ids)}"
-            )
-        field = "text" if isinstance(prompt, TextPrompt) else "chat"
-        raise InvalidRequestError([FieldViolation(field, problem)])
-
     def _make_choices(
-        self, request: GenerationRequest, prompt_ids: list[int], time_remaining_s: float | None
+        self, request: GenerationRequest, encoding: Encoding, time_remaining_s: float | None
     ) -> Choices:
         engine = self._peers.route(request)
         model = self._peers.model().engine
         sampling = request.params.resolve(
             model.defaults,
-            num_prompt_tokens=len(prompt_ids),
+            num_prompt_tokens=len(encoding.prompt_ids),
             max_model_len=model.max_model_len,
             seed=secrets.randbits(SEED_BITS),
+            bad_words=encoding.bad_words,
         )
         deadline = None
         if time_remaining_s is not None:
             deadline = asyncio.get_running_loop().time() + _time_to_generate_s(time_remaining_s)
         encoded = EncodedRequest(
-            prompt_ids=prompt_ids,
+            prompt_ids=encoding.prompt_ids,
             sampling=sampling,
             num_choices=request.params.n,
             text_options=request.text_options(sampling.min_tokens),
@@ -175,8 +153,11 @@ async def _write_parcel(
     parcel: Parcel, writer: ResponseWriter, client: ClientStream, line: RequestLine
 ) -> None:
     index = parcel.choice_index
+    if parcel.prompt is not None:
+        await client.write(writer.prompt_logprobs(parcel.prompt))
     if parcel.token_ids:
-        await client.write(writer.delta(index, parcel.text, parcel.token_ids))
+        delta = writer.delta(index, parcel.text, parcel.token_ids, parcel.logprobs)
+        await client.write(delta)
         line.first_token_sent()
     if isinstance(parcel.end, Ending):
         await client.write(writer.choice_finished(index, parcel.end))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import msgspec
 from mini_infer.messages import NO_BUDGET, EncodeChat, EncodeText
-from mini_infer.sampling_params import ResolvedSampling, SamplingParams
+from mini_infer.resolved_sampling import ResolvedSampling
+from mini_infer.sampling_params import SamplingParams
 
 ANONYMOUS = ""
 """The principal of every request: clients are not told apart."""
@@ -127,7 +128,7 @@ class EncodedRequest:
 
     Attributes:
         prompt_ids: The prompt.
-        sampling: Sampling and stopping of choice 0; the others differ in their seeds alone.
+        sampling: Sampling and stopping of choice 0; `of_choice` gives those of the others.
         num_choices: At least 1.
         text_options: How the ids become text; None where they need not.
         stream_interval: Tokens per message at least, except at the end of a choice.

@@ -30,6 +30,8 @@ CODES = {
     ErrorReason.PROMPT_TOO_LARGE: grpc.StatusCode.INVALID_ARGUMENT,
     ErrorReason.CONTEXT_LENGTH_EXCEEDED: grpc.StatusCode.INVALID_ARGUMENT,
     ErrorReason.CHAT_TEMPLATE_FAILED: grpc.StatusCode.INVALID_ARGUMENT,
+    ErrorReason.GRAMMAR_INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    ErrorReason.NO_TOKEN_ALLOWED: grpc.StatusCode.INVALID_ARGUMENT,
     ErrorReason.MODEL_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     ErrorReason.REQUEST_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     ErrorReason.DUPLICATE_REQUEST_ID: grpc.StatusCode.ALREADY_EXISTS,

@@ -2,7 +2,8 @@
 
 The gateway owns the request: prompt ids, emitted ids, parameters, deadline, seed. Engine and
 tokenizer can be given all they need from here again. Ids come in from the engine (`extend`), are
-released when their text is known (`release`), and leave through the mailbox.
+released when their text is known (`release`), and leave through the mailbox, with their
+log-probabilities where these were asked for.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mini_infer.errors import ErrorReason, MiniInferError
+from mini_infer.logprobs import NO_LOGPROBS, LogprobColumns
 from mini_infer.messages import NO_STOP_TOKEN, FinishAccounting, FinishCode
 
+from mini_infer_gateway.logprob_queue import LogprobQueue
 from mini_infer_gateway.mailbox import Ending, EndReason, Mailbox
 from mini_infer_gateway.request import EncodedRequest, TextOptions
 
@@ -21,6 +24,8 @@ _END_REASONS = {
     FinishCode.STOP_TOKEN: EndReason.STOP,
     FinishCode.LENGTH: EndReason.LENGTH,
     FinishCode.ABORTED: EndReason.ABORTED,
+    FinishCode.REPETITION: EndReason.REPETITION,
+    FinishCode.GRAMMAR: EndReason.STOP,
 }
 
 
@@ -68,6 +73,8 @@ class Stream:
         request: What it has in common with the other choices.
         output_ids: Ids received from the engine, delivered or not.
         num_released: How many of them went into the mailbox.
+        num_missing_prompt_logprobs: Tokens of the prompt, the last ones, whose log-probabilities
+            were asked for and have not come; 0 before any output is taken.
         finish: The engine's last word, once it came.
     """
 
@@ -95,9 +102,13 @@ class Stream:
         self.request = request
         self.output_ids: list[int] = []
         self.num_released = 0
+        sampling = request.sampling.of_choice(choice_index)
+        wants_prompt = sampling.num_prompt_logprobs != NO_LOGPROBS
+        self.num_missing_prompt_logprobs = len(request.prompt_ids) - 1 if wants_prompt else 0
         self.finish: EngineFinish | None = None
         self._choice_index = choice_index
         self._mailbox = mailbox
+        self._logprobs = LogprobQueue() if sampling.num_logprobs != NO_LOGPROBS else None
         self._stop_string: str | None = None  # The one that was matched.
         self._patience: asyncio.TimerHandle | None = None
         self._engine = engine
@@ -108,10 +119,32 @@ class Stream:
         if self.request.text_options is not None:
             self._text.open(self, self.request.text_options)
 
-    def extend(self, token_ids: list[int], finish: EngineFinish | None) -> None:
-        """Takes ids that follow `output_ids`, and the engine's last word where it came."""
+    def extend_prompt(self, logprobs: LogprobColumns) -> None:
+        """Delivers log-probabilities of the first of the prompt's tokens that lack them."""
+        start = len(self.request.prompt_ids) - self.num_missing_prompt_logprobs
+        self.num_missing_prompt_logprobs -= logprobs.num_tokens
+        try:
+            self._mailbox.put_prompt(self._choice_index, start, logprobs)
+        except MiniInferError as error:
+            self.fail(error)
+
+    def extend(
+        self,
+        token_ids: list[int],
+        finish: EngineFinish | None,
+        logprobs: LogprobColumns | None = None,
+    ) -> None:
+        """Takes ids that follow `output_ids`, and the engine's last word where it came.
+
+        Args:
+            token_ids: The ids.
+            finish: The last word, or None.
+            logprobs: Of the ids, where they were asked for.
+        """
         start = len(self.output_ids)
         self.output_ids += token_ids
+        if self._logprobs is not None and logprobs is not None:
+            self._logprobs.put(logprobs)
         self.finish = finish
         if self._stop_string is not None:
             if finish is not None:
@@ -133,8 +166,9 @@ class Stream:
         """
         start, end = self.num_released, self.num_released + num_ids
         self.num_released = end
+        logprobs = None if self._logprobs is None else self._logprobs.take(num_ids)
         try:
-            self._mailbox.put(self._choice_index, text, self.output_ids[start:end])
+            self._mailbox.put(self._choice_index, text, self.output_ids[start:end], logprobs)
         except MiniInferError as error:
             self.fail(error)
             return
@@ -175,7 +209,7 @@ class Stream:
         if self.finish is not None:
             self._end(EndReason.STOP)
             return
-        self._mailbox.flush(self._choice_index)
+        self._mailbox.complete(self._choice_index)
         self._text.forget(self)
         self._engine.abort(self)
         loop = asyncio.get_running_loop()

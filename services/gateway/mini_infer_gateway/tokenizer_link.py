@@ -1,4 +1,4 @@
-"""The link to one tokenizer process: encode and decode jobs, and ids into text.
+"""The link to one tokenizer process: jobs that have one answer, and ids into text.
 
 The tokenizer holds nothing that the gateway could not give it again: jobs are kept until they are
 answered, ids until their text is released. So when the tokenizer is lost (it died, it forgot this
@@ -15,6 +15,7 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeVar
 
 import structlog
 from mini_infer.errors import ErrorReason, MiniInferError
@@ -22,14 +23,18 @@ from mini_infer.messages import (
     GATEWAY_BEAT_INTERVAL_S,
     PROTOCOL_VERSION,
     CancelJobs,
+    CheckGrammar,
     CloseText,
     Decode,
     Decoded,
     EncodeChat,
     Encoded,
+    EncodedWords,
     EncodeText,
+    EncodeWords,
     FromTokenizer,
     GatewayBeat,
+    GrammarAccepted,
     HelloNeeded,
     HelloRefused,
     JobRefused,
@@ -39,6 +44,7 @@ from mini_infer.messages import (
     TokenizerWelcome,
     UnknownStreams,
 )
+from mini_infer.structured_output import Grammar
 
 from mini_infer_gateway.peer_socket import PeerSocket
 from mini_infer_gateway.request import ChatPrompt, TextOptions, TextPrompt
@@ -46,8 +52,9 @@ from mini_infer_gateway.stream import Stream
 
 _log = structlog.get_logger()
 
-Job = EncodeText | EncodeChat | Decode
-JobAnswer = Encoded | Decoded
+Job = EncodeText | EncodeChat | Decode | EncodeWords | CheckGrammar
+JobAnswer = Encoded | Decoded | EncodedWords | GrammarAccepted
+_Answer = TypeVar("_Answer", Encoded, Decoded, EncodedWords, GrammarAccepted)
 
 TOKENIZER_LEASE_S = 5.0
 """A tokenizer that has said nothing, not even to the ping, for so long is lost."""
@@ -107,10 +114,7 @@ class TokenizerLink:
         Raises:
             MiniInferError: As the tokenizer refused it, or TOKENIZER_LOST.
         """
-        answer = await self._run(prompt.as_job)
-        if not isinstance(answer, Encoded):
-            raise TypeError(f"expected Encoded, got {type(answer).__name__}")
-        return answer.token_ids
+        return (await self._run(prompt.as_job, Encoded)).token_ids
 
     async def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """The text of all of some ids.
@@ -118,23 +122,43 @@ class TokenizerLink:
         Raises:
             MiniInferError: As the tokenizer refused it, or TOKENIZER_LOST.
         """
-        answer = await self._run(lambda job: Decode(job, token_ids, skip_special_tokens))
-        if not isinstance(answer, Decoded):
-            raise TypeError(f"expected Decoded, got {type(answer).__name__}")
-        return answer.text
+        return (
+            await self._run(lambda job: Decode(job, token_ids, skip_special_tokens), Decoded)
+        ).text
 
-    async def _run(self, as_job: Callable[[int], Job]) -> JobAnswer:
+    async def encode_words(self, words: list[str]) -> list[list[int]]:
+        """The lists of ids that stand for some words, each of at least one id.
+
+        Raises:
+            MiniInferError: As the tokenizer refused it, or TOKENIZER_LOST.
+        """
+        return (await self._run(lambda job: EncodeWords(job, words), EncodedWords)).sequences
+
+    async def check_grammar(self, grammar: Grammar) -> None:
+        """Returns where a language can be used.
+
+        Raises:
+            MiniInferError: GRAMMAR_INVALID and others, as the tokenizer refused it, or
+                TOKENIZER_LOST.
+        """
+        await self._run(lambda job: CheckGrammar(job, grammar), GrammarAccepted)
+
+    async def _run(self, as_job: Callable[[int], Job], kind: type[_Answer]) -> _Answer:
+        """The answer to a job, which is of one kind."""
         number = next(self._job_numbers)
         job = as_job(number)
         answer: asyncio.Future[JobAnswer] = asyncio.get_running_loop().create_future()
         self._jobs[number] = (job, answer)
         try:
             self._send(job)
-            return await answer
+            answered = await answer
         finally:
             if self._jobs.pop(number, None) is not None and self.welcome is not None:
                 # Nobody waits any more. Where the pipe does not take it, the job is done in vain.
                 self._socket.send(CancelJobs([number]))
+        if not isinstance(answered, kind):
+            raise TypeError(f"expected {kind.__name__}, got {type(answered).__name__}")
+        return answered
 
     def open(self, stream: Stream, options: TextOptions) -> None:
         """Begins to turn the stream's ids into text."""
@@ -225,7 +249,7 @@ class TokenizerLink:
                 self.dropped["before_welcome"] += 1
             case HelloNeeded():
                 self._lose("it does not know this gateway")
-            case Encoded() | Decoded() | JobRefused():
+            case Encoded() | Decoded() | EncodedWords() | GrammarAccepted() | JobRefused():
                 self._on_answer(message)
             case TextDeltas():
                 self._on_deltas(message)
@@ -251,7 +275,7 @@ class TokenizerLink:
         for stream, options in list(self._texts.values()):
             self._open(stream, options)
 
-    def _on_answer(self, message: Encoded | Decoded | JobRefused) -> None:
+    def _on_answer(self, message: JobAnswer | JobRefused) -> None:
         if message.job == PING.job:
             return
         _, answer = self._jobs.pop(message.job, (None, None))

@@ -3,102 +3,43 @@
 Lists come first, alone: their lengths are known without reading them, and reading one of millions
 would keep the loop from all other requests.
 
-Fields that are not built yet are refused where they are set, never ignored. Each field of a
-request message stands in exactly one of two tables, `SUPPORTED_FIELDS` and `UNSUPPORTED_FIELDS`;
-a test walks the descriptors and compares.
+`supported_fields.py` knows the fields that are refused wherever they are set.
 """
 
 from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
 from mini_infer.errors import ErrorReason, FieldViolation, InvalidRequestError, MiniInferError
 from mini_infer.messages import EngineWelcome
-from mini_infer.sampling_params import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from mini_infer.sampling_params import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIASES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from mini_infer.scheduling_params import scheduling_violations
+from mini_infer.structured_output import MAX_CHOICE_TEXTS, MAX_GRAMMAR_BYTES
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
 from mini_infer_gateway import wire
 from mini_infer_gateway.chat_validation import chat_lists, chat_violations, size_violations
 from mini_infer_gateway.request import ChatPrompt, GenerationRequest, TextPrompt, TokenPrompt
+from mini_infer_gateway.sampling_wire import read_sampling_params
 from mini_infer_gateway.status import MAX_VIOLATIONS
-
-SUPPORTED_FIELDS = frozenset(
-    {
-        "GenerateRequest.text",
-        "GenerateRequest.token_ids",
-        "GenerateRequest.chat",
-        "GenerateRequest.model",
-        "GenerateRequest.request_id",
-        "GenerateRequest.priority",
-        "GenerateRequest.cache_salt",
-        "GenerateRequest.sampling",
-        "GenerateRequest.stopping",
-        "GenerateRequest.output",
-        "GenerateRequest.add_special_tokens",
-        "TokenIds.ids",
-        "Chat.messages",
-        "Chat.add_generation_prompt",
-        "Chat.tools",
-        "Chat.template_kwargs",
-        "Chat.template_kwargs_json",
-        "Chat.tools_json",
-        "Chat.documents_json",
-        "Chat.chat_template",
-        "Chat.continue_final_message",
-        "ChatMessage.role",
-        "ChatMessage.content",
-        "ChatMessage.name",
-        "ChatMessage.tool_calls",
-        "ChatMessage.tool_call_id",
-        "ChatMessage.reasoning_content",
-        "ToolCall.id",
-        "ToolCall.function_name",
-        "ToolCall.arguments_json",
-        "ToolCall.arguments_text",
-        "ContentPart.text",
-        "SamplingOptions.temperature",
-        "SamplingOptions.top_k",
-        "SamplingOptions.top_p",
-        "SamplingOptions.seed",
-        "SamplingOptions.n",
-        "StoppingOptions.max_tokens",
-        "StoppingOptions.min_tokens",
-        "StoppingOptions.stop",
-        "StoppingOptions.stop_token_ids",
-        "StoppingOptions.ignore_eos",
-        "OutputOptions.ids_only",
-        "OutputOptions.stream_interval",
-        "OutputOptions.skip_special_tokens",
-        "OutputOptions.include_stop_str_in_output",
-        "TokenizeRequest.text",
-        "TokenizeRequest.chat",
-        "TokenizeRequest.add_special_tokens",
-        "DetokenizeRequest.token_ids",
-        "DetokenizeRequest.skip_special_tokens",
-        "AbortRequest.request_id",
-    }
-)
-UNSUPPORTED_FIELDS = {
-    "GenerateRequest.adapter": ErrorReason.FIELD_NOT_SUPPORTED,
-    "GenerateRequest.structured_output": ErrorReason.FIELD_NOT_SUPPORTED,
-    "ContentPart.image_url": ErrorReason.UNSUPPORTED_MODALITY,
-    "ContentPart.audio_url": ErrorReason.UNSUPPORTED_MODALITY,
-    "OutputOptions.logprobs": ErrorReason.FIELD_NOT_SUPPORTED,
-    "OutputOptions.prompt_logprobs": ErrorReason.FIELD_NOT_SUPPORTED,
-}
-"""A message type that stands here as a field is refused as a whole."""
+from mini_infer_gateway.supported_fields import unsupported_fields
 
 MAX_STREAM_INTERVAL = 1024
 MAX_DECODED_IDS = 2**20
 """Of a Detokenize call."""
 MAX_LISTED_TOKEN_IDS = 8
 """Bad ids that are named; a prompt may hold millions of them."""
+_LANGUAGE_FRAME_BYTES = 4
+"""What protobuf adds to a language of `MAX_GRAMMAR_BYTES`."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -113,13 +54,8 @@ def check_generate(
         InvalidRequestError: With every violation.
     """
     _check_model(message.model, model)
-    stopping = message.stopping
-    _check_lists(
-        ("stopping.stop", len(stopping.stop), MAX_STOP_STRINGS, "strings"),
-        ("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids"),
-        *chat_lists(message.chat),
-    )
-    params = wire.read_sampling_params(message)
+    _check_lists(*_option_lists(message), *chat_lists(message.chat))
+    params = read_sampling_params(message)
     num_ids, max_model_len = len(message.token_ids.ids), model.max_model_len
     if num_ids >= max_model_len:
         # Raises what any prompt of so many tokens does, before the ids are read.
@@ -128,7 +64,7 @@ def check_generate(
         )
     prompt = wire.read_prompt(message)
     violations = [
-        *_unsupported_fields(message),
+        *unsupported_fields(message),
         *_prompt_violations(prompt, message, model.vocab_size, max_prompt_bytes),
         *params.violations(model.vocab_size),
         *_option_violations(message),
@@ -156,7 +92,7 @@ def check_tokenize(
     """
     _check_lists(*chat_lists(message.chat))
     source = wire.read_tokenize_input(message)
-    violations = _unsupported_fields(message)
+    violations = unsupported_fields(message)
     match source:
         case None:
             violations.append(FieldViolation("input", "expected text or chat, got neither"))
@@ -206,6 +142,36 @@ def _check_model(name: str, model: EngineWelcome) -> None:
         )
 
 
+def _option_lists(message: generate_pb2.GenerateRequest) -> list[tuple[str, int, int, str]]:
+    """The lists of a request's options: path of the field, length, greatest length, of what."""
+    sampling, stopping = message.sampling, message.stopping
+    structured = message.structured_output
+    return [
+        ("sampling.logit_bias", len(sampling.logit_bias), MAX_LOGIT_BIASES, "ids"),
+        (
+            "sampling.allowed_token_ids",
+            len(sampling.allowed_token_ids),
+            MAX_ALLOWED_TOKEN_IDS,
+            "ids",
+        ),
+        ("sampling.bad_words", len(sampling.bad_words), MAX_BAD_WORDS, "strings"),
+        ("stopping.stop", len(stopping.stop), MAX_STOP_STRINGS, "strings"),
+        ("stopping.stop_token_ids", len(stopping.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids"),
+        (
+            "structured_output.choice",
+            len(structured.choice.texts),
+            MAX_CHOICE_TEXTS,
+            "texts",
+        ),
+        (
+            "structured_output",
+            structured.ByteSize() - _LANGUAGE_FRAME_BYTES,
+            MAX_GRAMMAR_BYTES,
+            "bytes",
+        ),
+    ]
+
+
 def _check_lists(*lists: tuple[str, int, int, str]) -> None:
     """Checks the lengths of lists.
 
@@ -222,32 +188,6 @@ def _check_lists(*lists: tuple[str, int, int, str]) -> None:
     ]
     if too_long:
         raise InvalidRequestError(too_long[:MAX_VIOLATIONS])
-
-
-def _unsupported_fields(message: Message) -> list[FieldViolation]:
-    """The fields that are set and not supported, as far as they are told."""
-    return list(islice(_walk(message, ""), MAX_VIOLATIONS))
-
-
-def _walk(message: Message, prefix: str) -> Iterator[FieldViolation]:
-    for field, value in message.ListFields():
-        path = prefix + field.name
-        reason = UNSUPPORTED_FIELDS.get(f"{message.DESCRIPTOR.name}.{field.name}")
-        if reason is not None:
-            yield FieldViolation(path, "is not supported: leave it unset", reason)
-        elif field.type != FieldDescriptor.TYPE_MESSAGE or _is_well_known(field):
-            continue
-        elif isinstance(value, Message):
-            yield from _walk(value, path + ".")
-        else:
-            for index, element in enumerate(value):
-                yield from _walk(element, f"{path}[{index}].")
-
-
-def _is_well_known(field: FieldDescriptor) -> bool:
-    """Whether a field holds a message of protobuf itself: a value, with no fields of ours."""
-    kind = field.message_type
-    return kind is not None and kind.file.package == "google.protobuf"
 
 
 def _prompt_violations(
@@ -297,6 +237,11 @@ def _option_violations(message: generate_pb2.GenerateRequest) -> list[FieldViola
     if not 1 <= stream_interval <= MAX_STREAM_INTERVAL:
         expected = f"expected 1 to {MAX_STREAM_INTERVAL}, got {stream_interval}"
         violations.append(FieldViolation("output.stream_interval", expected))
+    structured = message.structured_output
+    if structured.WhichOneof("language") == "json_object" and not structured.json_object:
+        violations.append(
+            FieldViolation("structured_output.json_object", "must be true, got false")
+        )
     return violations
 
 

@@ -1,5 +1,6 @@
-"""Between protobuf and the gateway's own types: the one place that knows both.
+"""Between protobuf and the gateway's own types: prompts, and what is told of model and server.
 
+`sampling_wire.py` reads the options of requests, `response_writer.py` writes what Generate answers.
 Reading never fails: what a message says is carried over, and `validation.py` judges it.
 """
 
@@ -17,23 +18,14 @@ from mini_infer.messages import (
     EncodeChat,
     EngineBeat,
     EngineWelcome,
-    FinishAccounting,
     WireChatMessage,
     WireToolCall,
 )
-from mini_infer.sampling_params import SamplingParams
 from mini_infer.v1 import generate_pb2, inference_service_pb2
 
-from mini_infer_gateway.mailbox import Ending, EndReason
 from mini_infer_gateway.request import ChatPrompt, TextPrompt, TokenPrompt
 
 _MAX_EXACT_INTEGER = 2**53
-
-_FINISH_REASONS = {
-    EndReason.STOP: generate_pb2.FINISH_REASON_STOP,
-    EndReason.LENGTH: generate_pb2.FINISH_REASON_LENGTH,
-    EndReason.ABORTED: generate_pb2.FINISH_REASON_ABORTED,
-}
 
 
 def optional_field(message: Message, name: str, default: Any = None) -> Any:
@@ -141,96 +133,6 @@ def _plain(value: struct_pb2.Value) -> Any:
             return math.nan
 
 
-def read_sampling_params(message: generate_pb2.GenerateRequest) -> SamplingParams:
-    """Sampling and stopping of a request."""
-    sampling, stopping, output = message.sampling, message.stopping, message.output
-    return SamplingParams(
-        temperature=optional_field(sampling, "temperature"),
-        top_k=optional_field(sampling, "top_k"),
-        top_p=optional_field(sampling, "top_p"),
-        n=optional_field(sampling, "n", 1),
-        seed=optional_field(sampling, "seed"),
-        max_tokens=optional_field(stopping, "max_tokens"),
-        min_tokens=stopping.min_tokens,
-        stop=tuple(stopping.stop),
-        stop_token_ids=tuple(stopping.stop_token_ids),
-        ignore_eos=stopping.ignore_eos,
-        skip_special_tokens=optional_field(output, "skip_special_tokens", True),
-        include_stop_str_in_output=output.include_stop_str_in_output,
-    )
-
-
-class ResponseWriter:
-    """Makes the messages of one Generate stream, numbered from 0."""
-
-    def __init__(self, request_id: str, num_prompt_tokens: int, seed: int) -> None:
-        """Begins a stream.
-
-        Args:
-            request_id: Told in the first message.
-            num_prompt_tokens: Told in the first message and in the usage.
-            seed: Told in the last message.
-        """
-        self._request_id = request_id
-        self._num_prompt_tokens = num_prompt_tokens
-        self._seed = seed
-        self._seq = 0
-
-    def delta(
-        self, choice_index: int, text: str, token_ids: list[int]
-    ) -> generate_pb2.GenerateResponse:
-        """More output of a choice."""
-        delta = generate_pb2.Delta(text=text, token_ids=token_ids)
-        return self._number(generate_pb2.GenerateResponse(choice_index=choice_index, delta=delta))
-
-    def choice_finished(self, choice_index: int, ending: Ending) -> generate_pb2.GenerateResponse:
-        """The end of a choice."""
-        finished = generate_pb2.ChoiceFinished(
-            finish_reason=_FINISH_REASONS[ending.reason],
-            num_output_tokens=ending.num_output_tokens,
-            stop_string=ending.stop_string,
-            stop_token_id=ending.stop_token_id,
-        )
-        return self._number(
-            generate_pb2.GenerateResponse(choice_index=choice_index, choice_finished=finished)
-        )
-
-    def finished(self, endings: Sequence[Ending]) -> generate_pb2.GenerateResponse:
-        """The end of the call.
-
-        Args:
-            endings: By choice index.
-        """
-        accounting = endings[0].accounting
-        usage = generate_pb2.Usage(
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=sum(each.num_output_tokens for each in endings),
-            num_cached_tokens=accounting.num_cached_tokens if accounting else 0,
-        )
-        finished = generate_pb2.Finished(usage=usage, seed=self._seed)
-        return self._number(generate_pb2.GenerateResponse(finished=finished))
-
-    def _number(self, response: generate_pb2.GenerateResponse) -> generate_pb2.GenerateResponse:
-        if self._seq == 0:
-            response.request_id = self._request_id
-            response.num_prompt_tokens = self._num_prompt_tokens
-        response.seq = self._seq
-        self._seq += 1
-        return response
-
-
-def accounting_metadata(accounting: FinishAccounting) -> tuple[tuple[str, str], ...]:
-    """Where a call's time went, as trailing metadata."""
-    return (
-        ("mini-infer-queue-ms", f"{accounting.queue_ms:.3f}"),
-        ("mini-infer-prefill-ms", f"{accounting.prefill_ms:.3f}"),
-        ("mini-infer-decode-ms", f"{accounting.decode_ms:.3f}"),
-        ("mini-infer-cached-tokens", str(accounting.num_cached_tokens)),
-        ("mini-infer-preemptions", str(accounting.num_preemptions)),
-        ("mini-infer-steps", str(accounting.num_steps)),
-    )
-
-
 def model_info(
     engine: EngineWelcome, *, has_chat_template: bool
 ) -> inference_service_pb2.GetModelInfoResponse:
@@ -245,7 +147,12 @@ def model_info(
         has_chat_template=has_chat_template,
         dtype=engine.dtype,
         default_sampling=generate_pb2.SamplingOptions(
-            temperature=defaults.temperature, top_k=defaults.top_k, top_p=defaults.top_p
+            temperature=defaults.temperature,
+            top_k=defaults.top_k,
+            top_p=defaults.top_p,
+            min_p=defaults.min_p,
+            typical_p=defaults.typical_p,
+            repetition_penalty=defaults.repetition_penalty,
         ),
         fingerprint=engine.fingerprint,
     )

@@ -1,9 +1,10 @@
-"""Encode and decode jobs on threads, in two size classes, and chats, which become texts first.
+"""Encode and decode jobs on threads, in two size classes, chats, and languages to check.
 
 The tokenizers library releases the interpreter lock while it encodes, so a prompt of a megabyte
 (about half a second) neither stops the loop that detokenizes nor, having a thread of its own,
-delays a short prompt. A chat template may take as long, so chats that wait for theirs have threads
-of their own as well. How much work waits is bounded, and what nobody waits for is not done.
+delays a short prompt. A chat becomes a text first, and its template may take as long, so chats
+that wait for theirs have threads of their own as well, and so have languages. How much work waits
+is bounded, and what nobody waits for is not done.
 """
 
 from __future__ import annotations
@@ -18,21 +19,27 @@ from queue import Empty, SimpleQueue
 import structlog
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.messages import (
+    CheckGrammar,
     Decode,
     Decoded,
     EncodeChat,
     Encoded,
+    EncodedWords,
     EncodeText,
+    EncodeWords,
+    GrammarAccepted,
     JobRefused,
     WireChatMessage,
     encode,
 )
 
+from mini_infer_tokenizer.bad_words import bad_word_sequences
 from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.encode import TextTokenizer
+from mini_infer_tokenizer.grammar_checks import GrammarChecks
 
-Job = EncodeText | EncodeChat | Decode
-Answer = Encoded | Decoded | JobRefused
+Job = EncodeText | EncodeChat | Decode | EncodeWords | CheckGrammar
+Answer = Encoded | Decoded | EncodedWords | GrammarAccepted | JobRefused
 Result = Answer | EncodeText
 """What a thread makes of a job: for a chat, the job of encoding its text."""
 
@@ -52,10 +59,13 @@ _log = structlog.get_logger()
 class JobWorker:
     """Does one job at a time; safe to use from several threads."""
 
-    def __init__(self, tokenizer: TextTokenizer, chat_templates: ChatTemplates) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, chat_templates: ChatTemplates, grammars: GrammarChecks
+    ) -> None:
         """Takes what jobs need."""
         self._tokenizer = tokenizer
         self._chat_templates = chat_templates
+        self._grammars = grammars
 
     def do(self, job: Job) -> Result:
         """Does a job; whatever goes wrong is the answer, and ends this job alone."""
@@ -78,7 +88,7 @@ class JobWorker:
             _log.error("job failed", job=type(job).__name__, error=type(error).__name__)
             return JobRefused(job.job, ErrorReason.INTERNAL_ERROR, "the tokenizer failed")
 
-    def _answer(self, job: EncodeText | Decode) -> Encoded | Decoded:
+    def _answer(self, job: EncodeText | Decode | EncodeWords | CheckGrammar) -> Answer:
         match job:
             case EncodeText():
                 ids = self._tokenizer.encode(job.text, job.add_special_tokens)
@@ -86,6 +96,11 @@ class JobWorker:
             case Decode():
                 text = self._tokenizer.decode(job.token_ids, job.skip_special_tokens)
                 return Decoded(job.job, text)
+            case EncodeWords():
+                return EncodedWords(job.job, bad_word_sequences(self._tokenizer, job.words))
+            case CheckGrammar():
+                self._grammars.check(job.grammar)
+                return GrammarAccepted(job.job)
 
 
 @dataclass(slots=True, eq=False)
@@ -106,7 +121,11 @@ class JobPool:
     """
 
     def __init__(
-        self, do: Callable[[Job], Result], num_threads: int, num_chat_threads: int
+        self,
+        do: Callable[[Job], Result],
+        num_threads: int,
+        num_chat_threads: int,
+        num_grammar_threads: int,
     ) -> None:
         """Starts no thread before the first job.
 
@@ -114,11 +133,13 @@ class JobPool:
             do: Does a job; called on the threads.
             num_threads: One of them is for large jobs; small ones have at least one as well.
             num_chat_threads: Of small chats, beside those; large ones are large jobs.
+            num_grammar_threads: Of languages of any size, beside those.
         """
         self._do = do
         self._small = ThreadPoolExecutor(max(1, num_threads - 1), "small-jobs")
         self._large = ThreadPoolExecutor(1, "large-jobs")
         self._chats = ThreadPoolExecutor(num_chat_threads, "chats")
+        self._grammars = ThreadPoolExecutor(num_grammar_threads, "grammars")
         self._tickets: defaultdict[bytes, dict[int, _Ticket]] = defaultdict(dict)
         self._num_large_characters = 0
         self._results: SimpleQueue[tuple[_Ticket, Result]] = SimpleQueue()
@@ -136,14 +157,20 @@ class JobPool:
         if isinstance(job, Decode) and len(job.token_ids) <= MAX_IDS_AT_ONCE:
             self._run(ticket)
         elif num_characters <= LARGE_JOB_CHARACTERS:
-            threads = self._chats if isinstance(job, EncodeChat) else self._small
-            threads.submit(self._run, ticket)
+            self._threads(job, is_large=False).submit(self._run, ticket)
         elif self._num_large_characters + num_characters > MAX_LARGE_CHARACTERS:
             self._put(ticket, _queue_full(job))
         else:
             ticket.num_large_characters = num_characters
             self._num_large_characters += num_characters
-            self._large.submit(self._run, ticket)
+            self._threads(job, is_large=True).submit(self._run, ticket)
+
+    def _threads(self, job: Job, *, is_large: bool) -> ThreadPoolExecutor:
+        if isinstance(job, CheckGrammar):
+            return self._grammars
+        if is_large:
+            return self._large
+        return self._chats if isinstance(job, EncodeChat) else self._small
 
     def cancel(self, gateway: bytes, numbers: Iterable[int]) -> None:
         """Drops jobs of a gateway; those that run go on, and their answers are dropped."""
@@ -190,7 +217,7 @@ class JobPool:
 
     def close(self) -> None:
         """Drops the jobs that have not begun and waits for those that run."""
-        for pool in (self._small, self._large, self._chats):
+        for pool in (self._small, self._large, self._chats, self._grammars):
             pool.shutdown(cancel_futures=True)
         self._woken.close()
         self._waker.close()
@@ -220,7 +247,9 @@ class JobPool:
 
 def _queue_full(job: Job) -> JobRefused:
     return JobRefused(
-        job.job, ErrorReason.QUEUE_FULL, "too many long prompts wait to be encoded: try again later"
+        job.job,
+        ErrorReason.QUEUE_FULL,
+        "too many long inputs wait for the tokenizer: try again later",
     )
 
 
@@ -233,6 +262,10 @@ def _num_characters(job: Job) -> int:
             return sum(map(len, values)) + sum(map(_message_characters, job.messages))
         case Decode():
             return len(job.token_ids) * _CHARACTERS_PER_ID
+        case EncodeWords():
+            return sum(map(len, job.words))
+        case CheckGrammar():
+            return len(job.grammar.source)
 
 
 def _message_characters(message: WireChatMessage) -> int:

@@ -21,10 +21,12 @@ from mini_infer.messages import (
     GATEWAY_LEASE_S,
     PROTOCOL_VERSION,
     CancelJobs,
+    CheckGrammar,
     CloseText,
     Decode,
     EncodeChat,
     EncodeText,
+    EncodeWords,
     GatewayBeat,
     Hello,
     HelloNeeded,
@@ -42,6 +44,7 @@ from mini_infer.messages import (
 from mini_infer_tokenizer.chat import ChatTemplates
 from mini_infer_tokenizer.detokenize import Detokenizer
 from mini_infer_tokenizer.encode import TextTokenizer
+from mini_infer_tokenizer.grammar_checks import NUM_GRAMMAR_PROCESSES, GrammarChecks
 from mini_infer_tokenizer.jobs import JobPool, JobWorker
 from mini_infer_tokenizer.text_session import TextSession
 
@@ -74,8 +77,13 @@ def run(config: TokenizerConfig, address: str, on_ready: Callable[[], None] | No
         vocab_size=tokenizer.vocab_size,
         has_chat_template=bool(chat_templates.names),
     )
-    worker = JobWorker(tokenizer, chat_templates)
-    jobs = JobPool(worker.do, config.num_encode_threads, config.num_template_processes)
+    grammars = GrammarChecks(config.model_folder)
+    jobs = JobPool(
+        JobWorker(tokenizer, chat_templates, grammars).do,
+        config.num_encode_threads,
+        num_chat_threads=config.num_template_processes,
+        num_grammar_threads=NUM_GRAMMAR_PROCESSES,
+    )
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         chat_templates.start()
@@ -91,6 +99,7 @@ def run(config: TokenizerConfig, address: str, on_ready: Callable[[], None] | No
         context.destroy(linger=0)
         jobs.close()
         chat_templates.close()
+        grammars.close()
 
 
 @dataclass(slots=True)
@@ -184,7 +193,7 @@ class TokenizerServer:
                 texts.open(message)
             case CloseText(streams=streams):
                 texts.close(streams)
-            case EncodeText() | EncodeChat() | Decode():
+            case EncodeText() | EncodeChat() | Decode() | EncodeWords() | CheckGrammar():
                 self._jobs.submit(identity, message)
             case CancelJobs(jobs=numbers):
                 self._jobs.cancel(identity, numbers)

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mini_infer.cli.failures import sentence
-from mini_infer.cli.streaming import (
-    DEFAULT_ADDRESS,
-    Address,
-    StreamPrinter,
-    connected,
-    takes_sampling,
-)
+from mini_infer.cli.sampling_options import takes_sampling
+from mini_infer.cli.streaming import DEFAULT_ADDRESS, Address, StreamPrinter, connected
 
 if TYPE_CHECKING:
     from mini_infer.client import Client

@@ -7,13 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mini_infer.cli.streaming import (
-    DEFAULT_ADDRESS,
-    Address,
-    StreamPrinter,
-    connected,
-    takes_sampling,
-)
+from mini_infer.cli.sampling_options import takes_sampling
+from mini_infer.cli.streaming import DEFAULT_ADDRESS, Address, StreamPrinter, connected
 
 
 @takes_sampling()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
@@ -28,6 +28,23 @@ _UNITS = {
 _METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
 
 
+@dataclass(frozen=True, slots=True)
+class Notation:
+    """How the values of a field are written, where their type does not say so.
+
+    Attributes:
+        metavar: The form.
+        parse: Reads one value.
+        hint: More help, behind the field's own.
+        is_repeated: Whether the field holds several values.
+    """
+
+    metavar: str
+    parse: Callable[[str], Any]
+    hint: str = ""
+    is_repeated: bool = False
+
+
 def option(
     name: str,
     annotation: Any,
@@ -37,6 +54,7 @@ def option(
     metavar: str | None = None,
     hidden: bool = False,
     negatable: bool = False,
+    parse: Callable[[str], Any] | None = None,
 ) -> inspect.Parameter:
     """An option as a keyword parameter of a function that typer runs."""
     flag = name.replace("_", "-")
@@ -48,6 +66,7 @@ def option(
         help=help_text,
         show_default=is_worth_showing,
         hidden=hidden,
+        parser=parse,
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=annotation
@@ -55,16 +74,29 @@ def option(
 
 
 def field_options(
-    dataclass_type: type[DataclassInstance], omit: Collection[str] = ()
+    dataclass_type: type[DataclassInstance],
+    omit: Collection[str] = (),
+    notations: Mapping[str, Notation] | None = None,
 ) -> list[inspect.Parameter]:
-    """An option for every field of a dataclass."""
+    """An option for every field of a dataclass.
+
+    Args:
+        dataclass_type: Whose fields.
+        omit: Fields that are no options.
+        notations: By field, how its values are written.
+    """
     hints = get_type_hints(dataclass_type)
     help_texts = attribute_docs(dataclass_type)
-    return [
-        _field_option(each.name, hints[each.name], each.default, help_texts[each.name])
-        for each in fields(dataclass_type)
-        if each.name not in omit
-    ]
+    options = []
+    for each in fields(dataclass_type):
+        help_text, notation = help_texts[each.name], (notations or {}).get(each.name)
+        if each.name in omit:
+            continue
+        if notation is not None:
+            options.append(_noted_option(each.name, help_text, notation))
+        else:
+            options.append(_field_option(each.name, hints[each.name], each.default, help_text))
+    return options
 
 
 def attribute_docs(documented: type) -> dict[str, str]:
@@ -100,6 +132,18 @@ def with_options(
     return run
 
 
+def _noted_option(name: str, help_text: str, notation: Notation) -> inspect.Parameter:
+    hints = (help_text, notation.hint, "May be repeated." if notation.is_repeated else "")
+    return option(
+        name,
+        list[str] if notation.is_repeated else str | None,
+        " ".join(filter(None, hints)),
+        [] if notation.is_repeated else None,
+        metavar=notation.metavar,
+        parse=notation.parse,
+    )
+
+
 def _field_option(name: str, hint: Any, default: Any, help_text: str) -> inspect.Parameter:
     kind, is_repeated = _element_type(hint)
     if kind is bool:
@@ -111,7 +155,7 @@ def _field_option(name: str, hint: Any, default: Any, help_text: str) -> inspect
             name,
             list[kind],  # type: ignore[valid-type]
             f"{help_text} May be repeated.",
-            list(default),
+            list(default or ()),
             metavar=metavar,
         )
     annotation = kind | None if default is None else kind

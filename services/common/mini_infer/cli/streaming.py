@@ -1,51 +1,26 @@
-"""What `generate`, `chat` and `demo` share: sampling options, a client, a stream that prints."""
+"""What `generate`, `chat` and `demo` share: a client, and a stream that is printed."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mini_infer.cli.options import field_options, take_given, with_options
 from mini_infer.config import DEFAULT_PORT
 from mini_infer.errors import ConfigError
-from mini_infer.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from mini_infer.client import Client, GenerationStream
+    from mini_infer.client import Choice, Client, GenerationStream
+    from mini_infer.logprobs import TokenLogprobs
 
 DEFAULT_ADDRESS = f"127.0.0.1:{DEFAULT_PORT}"
 CONNECT_TIMEOUT_S = 5.0
 
 Address = Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")]
-
-
-def takes_sampling(
-    *, omit: Collection[str] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the fields of `SamplingParams` as options.
-
-    Args:
-        omit: Fields that are no options of the command.
-
-    Returns:
-        A decorator that makes a function for typer; the command gets the options that were given
-        as its first argument.
-    """
-    options = field_options(SamplingParams, omit)
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        def run(ctx: typer.Context, **arguments: Any) -> None:
-            sampling = take_given(ctx, arguments, options)
-            command(sampling, **arguments)
-
-        return with_options(run, command, options)
-
-    return decorate
 
 
 @contextmanager
@@ -86,6 +61,7 @@ class StreamPrinter:
         """Prints the chunks, and a line's end behind the last one.
 
         Of several completions, each under its number, only the first one is printed as it comes.
+        Log-probabilities, where they were asked for, are tables behind the text.
 
         Raises:
             RequestFailed: As the server says.
@@ -101,8 +77,13 @@ class StreamPrinter:
                     sys.stdout.flush()
         finally:
             print()
+            if stream.prompt_logprobs:
+                positions = range(1, 1 + len(stream.prompt_logprobs))
+                _print_table("prompt", positions, stream.prompt_logprobs)
+            _print_logprobs(stream.choices[0])
             for index, choice in enumerate(stream.choices[1:], start=1):
                 print(f"[{index}]\n{choice.text}")
+                _print_logprobs(choice)
 
     def describe(self, stream: GenerationStream) -> str:
         """One line about the speed of a stream that was printed."""
@@ -117,3 +98,16 @@ class StreamPrinter:
         if stream.accounting is not None:
             parts.append(f"{stream.accounting.num_steps} steps")
         return ", ".join(parts)
+
+
+def _print_logprobs(choice: Choice) -> None:
+    if choice.logprobs:
+        _print_table("token id", choice.token_ids, choice.logprobs)
+
+
+def _print_table(title: str, rows: Iterable[int], logprobs: Sequence[TokenLogprobs]) -> None:
+    """Prints a line for each token: what it is, its log-probability and rank, the likeliest."""
+    print(f"{title:>8} {'logprob':>9} {'rank':>6}  likeliest")
+    for row, each in zip(rows, logprobs, strict=True):
+        likeliest = ", ".join(f"{top.token_id} ({top.logprob:.3f})" for top in each.top)
+        print(f"{row:>8} {each.logprob:>9.3f} {each.rank:>6}  {likeliest}".rstrip())

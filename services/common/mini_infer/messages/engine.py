@@ -7,6 +7,7 @@ from enum import IntEnum
 import msgspec
 
 from mini_infer.errors import ErrorReason
+from mini_infer.logprobs import LogprobColumns
 from mini_infer.messages.base import Message
 from mini_infer.messages.handshake import (
     EngineWelcome,
@@ -15,7 +16,7 @@ from mini_infer.messages.handshake import (
     HelloNeeded,
     HelloRefused,
 )
-from mini_infer.sampling_params import ResolvedSampling
+from mini_infer.resolved_sampling import ResolvedSampling
 
 NO_BUDGET = -1
 """`Submit.budget_ms` of a request without a deadline."""
@@ -31,6 +32,9 @@ class FinishCode(IntEnum):
     LENGTH = 2
     ABORTED = 3
     DEADLINE = 4
+    REPETITION = 5
+    GRAMMAR = 6
+    """The output is complete in its language, and nothing could follow."""
 
 
 # --- gateway -> engine --------------------------------------------------------------------------
@@ -136,6 +140,8 @@ class StepOutput(Message, frozen=True, tag=22):
         finish_codes: A `FinishCode` per row.
         stop_token_ids: The id that ended the row, or `NO_STOP_TOKEN`.
         finished: The accounting of each row whose finish code is not RUNNING, in row order.
+        logprob_rows: Rows whose tokens have log-probabilities, ascending, and
+        logprobs: those of each; of all of the row's ids.
     """
 
     epoch: int
@@ -148,6 +154,26 @@ class StepOutput(Message, frozen=True, tag=22):
     finish_codes: list[int]
     stop_token_ids: list[int]
     finished: list[FinishAccounting]
+    logprob_rows: list[int] = msgspec.field(default_factory=list)
+    logprobs: list[LogprobColumns] = msgspec.field(default_factory=list)
+
+
+class PromptLogprobs(Message, frozen=True, tag=24):
+    """Log-probabilities of tokens of a stream's prompt, as they are computed.
+
+    Those of a prompt come in order, all of them before the stream's first output.
+
+    Attributes:
+        epoch: Of the engine.
+        stream: Whose prompt it is.
+        start: Index of the first token in the prompt, at least 1.
+        logprobs: Of that one and of those behind it.
+    """
+
+    epoch: int
+    stream: int
+    start: int
+    logprobs: LogprobColumns
 
 
 class EngineCounters(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -215,7 +241,14 @@ class EngineBeat(Message, frozen=True, tag=23):
 
 ToEngine = Hello | GatewayBeat | Submit | Abort
 FromEngine = (
-    EngineWelcome | HelloRefused | HelloNeeded | Accepted | Refused | StepOutput | EngineBeat
+    EngineWelcome
+    | HelloRefused
+    | HelloNeeded
+    | Accepted
+    | Refused
+    | StepOutput
+    | EngineBeat
+    | PromptLogprobs
 )
 
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

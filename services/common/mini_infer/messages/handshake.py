@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mini_infer.messages.base import Message
-from mini_infer.sampling_params import GenerationDefaults
+from mini_infer.resolved_sampling import GenerationDefaults
 
 PROTOCOL_VERSION = 1
 

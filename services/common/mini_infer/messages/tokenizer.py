@@ -13,6 +13,7 @@ from mini_infer.messages.handshake import (
     HelloRefused,
     TokenizerWelcome,
 )
+from mini_infer.structured_output import Grammar
 
 # --- gateway -> tokenizer -----------------------------------------------------------------------
 
@@ -146,6 +147,20 @@ class CancelJobs(Message, frozen=True, tag=36):
     jobs: list[int]
 
 
+class EncodeWords(Message, frozen=True, tag=37):
+    """Bad words to lists of ids, at least one for each word. `job` as above."""
+
+    job: int
+    words: list[str]
+
+
+class CheckGrammar(Message, frozen=True, tag=38):
+    """Whether a language can be used: it is compiled once, within limits. `job` as above."""
+
+    job: int
+    grammar: Grammar
+
+
 # --- tokenizer -> gateway -----------------------------------------------------------------------
 
 
@@ -164,7 +179,7 @@ class Decoded(Message, frozen=True, tag=41):
 
 
 class JobRefused(Message, frozen=True, tag=42):
-    """An encode or decode job that could not be done."""
+    """A job that could not be done."""
 
     job: int
     reason: ErrorReason
@@ -194,6 +209,19 @@ class TextDeltas(Message, frozen=True, tag=43):
     stop_indices: list[int]
 
 
+class EncodedWords(Message, frozen=True, tag=45):
+    """The lists of ids of an `EncodeWords`, none of them empty."""
+
+    job: int
+    sequences: list[list[int]]
+
+
+class GrammarAccepted(Message, frozen=True, tag=46):
+    """The language of a `CheckGrammar` can be used."""
+
+    job: int
+
+
 class UnknownStreams(Message, frozen=True, tag=44):
     """A `TextStep` named streams that are not open here, or left out ids of them.
 
@@ -213,6 +241,8 @@ ToTokenizer = (
     | TextStep
     | CloseText
     | CancelJobs
+    | EncodeWords
+    | CheckGrammar
 )
 FromTokenizer = (
     TokenizerWelcome
@@ -223,6 +253,8 @@ FromTokenizer = (
     | JobRefused
     | TextDeltas
     | UnknownStreams
+    | EncodedWords
+    | GrammarAccepted
 )
 
 to_tokenizer_decoder: msgspec.msgpack.Decoder[ToTokenizer] = msgspec.msgpack.Decoder(ToTokenizer)

@@ -1,0 +1,83 @@
+"""Whether languages can be used, tried in child processes before an engine meets them.
+
+An engine that compiled a client's language unseen could be stopped by it: for seconds, or for good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+
+from mini_infer.structured_output import Grammar
+
+from mini_infer_tokenizer.child_pool import ChildPool
+from mini_infer_tokenizer.child_protocol import Limits
+from mini_infer_tokenizer.grammar_protocol import GRAMMARS, GrammarSetup
+
+GRAMMAR_LIMITS = Limits(
+    start_cpu_s=1.0,
+    job_cpu_s=0.07,
+    job_s=1.0,
+    memory_bytes=64 * 2**20,
+    stack_bytes=2**20,
+)
+"""70 ms of processor time and 64 MB for each language: with what it takes to end a process and to
+clean up behind it, a refusal takes less than 100 ms on a machine that has nothing else to do. The
+stack is half of what the library's threads have in an engine, where it must not overflow."""
+NUM_GRAMMAR_PROCESSES = 2
+"""One works while another starts anew, which takes about a second: a hostile language delays the
+others by no more than that."""
+
+_MAX_ACCEPTED = 4096
+"""Languages that are remembered, by their hash."""
+
+
+class GrammarChecks:
+    """Checks languages; safe to use from several threads.
+
+    Most clients send the same few languages again and again, so what was accepted is remembered.
+    """
+
+    def __init__(
+        self,
+        model_folder: Path,
+        num_processes: int = NUM_GRAMMAR_PROCESSES,
+        limits: Limits = GRAMMAR_LIMITS,
+    ) -> None:
+        """Starts no process before the first language: most servers never see one.
+
+        Args:
+            model_folder: Holds the tokenizer.
+            num_processes: Languages that are tried at a time.
+            limits: What each may use.
+        """
+        setup = GrammarSetup(str(model_folder.absolute()))
+        self._children = ChildPool(GRAMMARS, setup, num_processes, limits)
+        self._accepted: OrderedDict[bytes, None] = OrderedDict()
+        self._lock = Lock()
+
+    def check(self, grammar: Grammar) -> None:
+        """Tries a language. The first one also waits for a process to start: a second or two.
+
+        Raises:
+            MiniInferError: GRAMMAR_INVALID where the language is not valid or takes more than it
+                may, FIELD_NOT_SUPPORTED where the tokenizer cannot be matched, INVALID_FIELD where
+                the description is no Unicode, INTERNAL_ERROR where no process can be started.
+        """
+        text = f"{grammar.kind.value} {grammar.source}"
+        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+        with self._lock:
+            if digest in self._accepted:
+                self._accepted.move_to_end(digest)
+                return
+        self._children.do(grammar)
+        with self._lock:
+            self._accepted[digest] = None
+            if len(self._accepted) > _MAX_ACCEPTED:
+                self._accepted.popitem(last=False)
+
+    def close(self) -> None:
+        """Ends the processes. Once is enough."""
+        self._children.close()
