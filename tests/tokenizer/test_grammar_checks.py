@@ -15,7 +15,7 @@ import pytest
 from mini_infer.config import bundled_model
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.structured_output import Grammar, GrammarKind
-from mini_infer_tokenizer import grammar_checks
+from mini_infer_tokenizer import child_process, grammar_checks
 from mini_infer_tokenizer.grammar_checks import GRAMMAR_LIMITS, GrammarChecks
 
 DEMO = bundled_model("demo")
@@ -50,6 +50,22 @@ def checks() -> Iterator[GrammarChecks]:
     yield checks
     checks.close()
     assert children() == []
+
+
+def test_a_start_that_breaks_off_costs_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the cause: the next one is told as well, and does not wait for a process."""
+
+    def broken() -> dict[str, str]:
+        raise ModuleNotFoundError("pydantic")
+
+    checks = GrammarChecks(DEMO, num_processes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(child_process, "_environment", broken)
+        for _ in range(2):
+            with pytest.raises(ModuleNotFoundError):
+                checks.check(regex("a"))
+    checks.check(regex("a"))
+    checks.close()
 
 
 def test_no_process_starts_before_the_first_language(checks: GrammarChecks) -> None:

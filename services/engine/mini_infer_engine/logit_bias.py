@@ -18,9 +18,12 @@ class LogitBias:
 
     A bad word is a list of ids; its last one is banned where the others stand at the end of the
     text, prompt included, as `NoBadWordsLogitsProcessor` of `transformers` does.
+
+    Attributes:
+        end: Output position from which on they change nothing.
     """
 
-    __slots__ = ("_continued", "_end_ids", "_ids", "_min_tokens", "_values")
+    __slots__ = ("_continued", "_end_ids", "_ids", "_min_tokens", "_values", "end")
 
     def __init__(
         self,
@@ -46,6 +49,8 @@ class LogitBias:
         for *others, last in sampling.bad_words:
             if others:
                 self._continued.setdefault(others[-1], []).append((others, last))
+        is_lasting = len(self._ids) > 0 or len(self._continued) > 0
+        self.end = sampling.max_tokens if is_lasting else sampling.min_tokens
 
     @classmethod
     def of(

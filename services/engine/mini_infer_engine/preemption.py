@@ -54,19 +54,22 @@ class Preemption:
         self._waiting.add(sequence, now)
 
     def make_room(self, sequence: Sequence, now: float) -> bool:
-        """Gives a running sequence one more block, at the cost of the last ones in order.
+        """Gives a running sequence blocks for all its tokens, at the cost of the last in order.
 
         Returns:
             False where the sequence itself was the last one, or has lost its blocks before.
         """
         if sequence.status is not SequenceStatus.RUNNING:
             return False
-        while not self._blocks.grow(sequence):
+        block_size = self._blocks.pool.block_size
+        while sequence.num_tokens > len(sequence.block_table) * block_size:
+            if self._blocks.grow(sequence):
+                self._running.note_growth(sequence)
+                continue
             victim = self._running.last
             self.preempt(victim, now)
             if victim is sequence:
                 return False
-        self._running.note_growth(sequence)
         return True
 
     def make_way(self, num_spare: int, now: float) -> None:

@@ -108,6 +108,9 @@ class RunningBatch:
             token_ids += sequence.token_ids[start : start + count]
             if start + count == sequence.num_tokens:
                 rows.append(row)
+        sampled = np.array(rows, np.int64)
+        sampled_slots = slots[sampled]
+        num_known = (num_computed + num_scheduled)[sampled]
         width = max(len(each.block_table) for each in sequences)
         return ScheduledBatch(
             step=step,
@@ -121,10 +124,10 @@ class RunningBatch:
             block_tables=self._block_tables[slots, :width],
             num_decodes=num_decodes,
             sampling=self._sampling.columns(
-                [sequences[row] for row in rows],
-                np.array(rows, np.int64),
-                slots[rows],
-                (num_computed + num_scheduled - self._num_prompt_tokens[slots])[rows],
+                sequences,
+                sampled,
+                sampled_slots,
+                num_known - self._num_prompt_tokens[sampled_slots],
             ),
             scored=score_prompts(prefills, num_decodes),
             swap_outs=_pairs(transfers.swap_outs),

@@ -81,7 +81,7 @@ class Sampler:
             fill_masks: Gives the masks of the masked rows; called while the device may still be
                 computing the logits.
         """
-        if columns.is_plain and not logits.is_cuda:
+        if columns.is_plain:
             return _likeliest(logits)
         wanted = np.flatnonzero(columns.num_logprobs >= 0)
         own = logits.index_select(0, self._tensor(wanted)) if len(wanted) else None
@@ -134,59 +134,68 @@ class Sampler:
     def _change(self, logits: torch.Tensor, columns: SamplingColumns) -> None:
         """Applies biases, bans and penalties."""
         if len(columns.bias_ids):
-            self._kernels.add_to_logits(
-                logits,
-                self._tensor(columns.bias_rows),
-                self._tensor(columns.bias_ids),
-                self._tensor(columns.bias_values),
-            )
+            rows, ids = self._tensors(columns.bias_rows, columns.bias_ids)
+            self._kernels.add_to_logits(logits, rows, ids, self._tensor(columns.bias_values))
         self._count(columns.history)
         if columns.has_penalties:
             self._kernels.apply_penalties(
                 logits,
                 self._counts,
                 self._tensor(columns.slots),
-                self._tensor(columns.repetition_penalties),
-                self._tensor(columns.presence_penalties),
-                self._tensor(columns.frequency_penalties),
+                *self._tensors(
+                    columns.repetition_penalties,
+                    columns.presence_penalties,
+                    columns.frequency_penalties,
+                ),
             )
 
     def _count(self, history: TokenHistory) -> None:
         if len(history.new_slots):
             self._kernels.reset_counts(self._counts, self._tensor(history.new_slots))
         if len(history.slots):
-            self._kernels.count_tokens(
-                self._counts,
-                self._tensor(history.slots),
-                self._tensor(history.token_ids),
-                self._tensor(history.is_output),
-            )
+            slots, ids = self._tensors(history.slots, history.token_ids)
+            self._kernels.count_tokens(self._counts, slots, ids, self._tensor(history.is_output))
 
     def _controls(self, columns: SamplingColumns, fill_masks: FillMasks) -> DrawControls:
         mask_indices = np.full(len(columns.rows), -1, np.int32)
         mask_indices[columns.masked] = np.arange(len(columns.masked))
+        temperatures, top_ps, min_ps, typical_ps = self._tensors(
+            columns.temperatures, columns.top_ps, columns.min_ps, columns.typical_ps
+        )
+        top_ks, mask_rows = self._tensors(columns.top_ks.astype(np.int32), mask_indices)
+        seeds, positions = self._tensors(columns.seeds.view(np.int64), columns.positions)
+        # Last, since the device may compute the logits until then.
         masks = fill_masks() if len(columns.masked) else np.empty((0, 0), np.int32)
         return DrawControls(
-            temperatures=self._tensor(columns.temperatures),
-            top_ks=self._tensor(columns.top_ks.astype(np.int32)),
-            top_ps=self._tensor(columns.top_ps),
-            min_ps=self._tensor(columns.min_ps),
-            typical_ps=self._tensor(columns.typical_ps),
-            seeds=self._tensor(columns.seeds.view(np.int64)),
-            positions=self._tensor(columns.positions),
-            mask_indices=self._tensor(mask_indices),
+            temperatures=temperatures,
+            top_ks=top_ks,
+            top_ps=top_ps,
+            min_ps=min_ps,
+            typical_ps=typical_ps,
+            seeds=seeds,
+            positions=positions,
+            mask_indices=mask_rows,
             masks=self._tensor(masks),
         )
 
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
+    def _tensors(self, *columns: NDArray[np.generic]) -> tuple[torch.Tensor, ...]:
+        """Columns of one length and type, which take one copy together."""
+        return self._tensor(np.stack(columns)).unbind()
+
 
 def _likeliest(logits: torch.Tensor) -> StepTokens:
-    """The likeliest token of each row; numpy searches several times as fast as torch on a CPU."""
-    scores = logits.numpy()
-    ids = scores.argmax(-1)  # NaN is above all
-    greatest = scores[np.arange(len(ids)), ids]
+    """The likeliest token of each row, of rows that ask for nothing else."""
+    if logits.is_cuda:
+        best, chosen = logits.max(-1)
+        greatest, ids = best.numpy(force=True), chosen.numpy(force=True)
+    else:  # numpy searches several times as fast
+        scores = logits.numpy()
+        ids = scores.argmax(-1)
+        greatest = scores[np.arange(len(ids)), ids]
+    # NaN is above all
     statuses = np.where(np.isfinite(greatest), RowStatus.OK, RowStatus.NON_FINITE)
     statuses[greatest == -np.inf] = RowStatus.NOTHING_ALLOWED
     return StepTokens(ids[:, None], statuses.astype(np.int32))

@@ -30,7 +30,8 @@ class SamplingSlots:
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._num_logprobs = np.full(max_num_seqs, NO_LOGPROBS, np.int64)
         self._has_penalties = np.zeros(max_num_seqs, np.bool_)
-        self._has_bias = np.zeros(max_num_seqs, np.bool_)
+        # Output positions below which a sequence's rules change logits.
+        self._bias_ends = np.zeros(max_num_seqs, np.int64)
         self._is_masked = np.zeros(max_num_seqs, np.bool_)
 
     def put(self, slot: int, sequence: Sequence) -> None:
@@ -47,7 +48,7 @@ class SamplingSlots:
         self._seeds[slot] = sampling.seed
         self._num_logprobs[slot] = sampling.num_logprobs
         self._has_penalties[slot] = sampling.has_penalties
-        self._has_bias[slot] = sequence.bias is not None
+        self._bias_ends[slot] = 0 if sequence.bias is None else sequence.bias.end
         self._is_masked[slot] = sequence.is_masked
         sequence.num_counted_tokens = 0
 
@@ -57,12 +58,13 @@ class SamplingSlots:
         """How the rows of a step choose.
 
         Args:
-            sequences: [R] those that get a token.
-            rows: [R] their rows in the batch.
+            sequences: [S] those of the batch.
+            rows: [R] rows of the batch that get a token.
             slots: [R] their slots.
             positions: [R] output position of the token.
         """
-        bias_rows, bias_ids, bias_values = self._biases(sequences, slots)
+        is_biased = positions < self._bias_ends[slots]
+        bias_rows, bias_ids, bias_values = _biases(sequences, rows, is_biased.nonzero()[0])
         return SamplingColumns(
             rows=rows,
             slots=slots,
@@ -80,45 +82,55 @@ class SamplingSlots:
             bias_rows=bias_rows,
             bias_ids=bias_ids,
             bias_values=bias_values,
-            masked=np.flatnonzero(self._is_masked[slots]),
-            history=self._history(sequences, slots),
+            masked=self._is_masked[slots].nonzero()[0],
+            history=self._history(sequences, rows, slots),
         )
 
-    def _biases(self, sequences: Seq[Sequence], slots: Ints) -> tuple[Ints, Ints, Floats]:
-        ids: list[Ints] = [_NO_INTS]
-        values: list[Floats] = [_NO_FLOATS]
-        rows = np.flatnonzero(self._has_bias[slots])
-        for row in rows.tolist():
-            sequence = sequences[row]
-            if sequence.bias is not None:
-                changed = sequence.bias.at(sequence.token_ids, sequence.num_output_tokens)
-                ids.append(changed[0])
-                values.append(changed[1])
-        counts = [len(each) for each in ids[1:]]
-        return np.repeat(rows, counts), np.concatenate(ids), np.concatenate(values)
-
-    def _history(self, sequences: Seq[Sequence], slots: Ints) -> TokenHistory:
+    def _history(self, sequences: Seq[Sequence], rows: Ints, slots: Ints) -> TokenHistory:
         """The tokens that are new since a slot's last step, of sequences with penalties."""
-        with_penalties = np.flatnonzero(self._has_penalties[slots]).tolist()
-        if not with_penalties:
+        penalised = self._has_penalties[slots].nonzero()[0]
+        if not len(penalised):
             return NO_HISTORY
         new_slots: list[int] = []
         counts: list[int] = []
         token_ids: list[int] = []
         is_output: list[bool] = []
-        for row in with_penalties:
+        for row in rows[penalised].tolist():
             sequence = sequences[row]
-            first = sequence.num_counted_tokens
+            known, first = sequence.token_ids, sequence.num_counted_tokens
+            num_new = len(known) - first
             if first == 0:
                 new_slots.append(sequence.slot)
-            token_ids += sequence.token_ids[first:]
             num_prompt = max(0, sequence.num_prompt_tokens - first)
-            counts.append(sequence.num_tokens - first)
-            is_output += [False] * num_prompt + [True] * (counts[-1] - num_prompt)
-            sequence.num_counted_tokens = sequence.num_tokens
+            token_ids += known[first:]
+            is_output += [False] * num_prompt + [True] * (num_new - num_prompt)
+            counts.append(num_new)
+            sequence.num_counted_tokens = len(known)
         return TokenHistory(
             new_slots=np.array(new_slots, np.int64),
-            slots=np.repeat(slots[with_penalties], counts),
+            slots=np.repeat(slots[penalised], counts),
             token_ids=np.array(token_ids, np.int64),
             is_output=np.array(is_output, np.bool_),
         )
+
+
+def _biases(sequences: Seq[Sequence], rows: Ints, biased: Ints) -> tuple[Ints, Ints, Floats]:
+    """What the rules of sequences change in the logits of their rows.
+
+    Args:
+        sequences: [S] those of the batch.
+        rows: [R] rows of the batch that get a token.
+        biased: Indices into these of sequences with rules that count now.
+    """
+    if not len(biased):
+        return _NO_INTS, _NO_INTS, _NO_FLOATS
+    changes = [
+        sequence.bias.at(sequence.token_ids, sequence.num_output_tokens)
+        for sequence in map(sequences.__getitem__, rows[biased].tolist())
+        if sequence.bias is not None
+    ]
+    return (
+        np.repeat(biased, [len(ids) for ids, _ in changes]),
+        np.concatenate([ids for ids, _ in changes]),
+        np.concatenate([values for _, values in changes]),
+    )

@@ -205,21 +205,21 @@ class Scheduler:
         tell_prompt_scores(step, batch, tokens, updates)
         sampled = batch.sampling.rows.tolist()
         chosen = dict(zip(sampled, tokens.token_ids.tolist(), strict=True))
-        bad = np.flatnonzero(tokens.statuses).tolist()
-        statuses = {sampled[index]: int(tokens.statuses[index]) for index in bad}
-        logprobs = {sampled[index]: columns for index, columns in tokens.logprobs.items()}
+        for index, columns in tokens.logprobs.items():
+            updates.logprobs[batch.keys[sampled[index]]] = columns
+        for index in np.flatnonzero(tokens.statuses).tolist():
+            sequence = step.sequences[sampled[index]]
+            if sequence.status is not SequenceStatus.ENDED:
+                problem = row_problem(sequence, int(tokens.statuses[index]))
+                self._fail(sequence, problem, updates, now)
         ended = SequenceStatus.ENDED
         rows = zip(step.sequences, step.num_scheduled_tokens, strict=True)
         for row, (sequence, num_tokens) in enumerate(rows):
             sequence.num_in_flight -= 1
             if sequence.status is ended:
                 self._release_if_done(sequence)
-            elif row in statuses:
-                self._fail(sequence, row_problem(sequence, statuses[row]), updates, now)
             else:
                 self._go_on(sequence, num_tokens, chosen.get(row, _NO_IDS), updates, now)
-                if row in logprobs:
-                    updates.logprobs[sequence.key] = logprobs[row]
         self.tally.num_decode_tokens += updates.num_tokens
         return updates
 
@@ -275,13 +275,12 @@ class Scheduler:
         """A step of those that run: first one token for each of which just that is left."""
         decodes: list[Sequence] = []
         unfinished: list[Sequence] = []
+        block_size = self._block_size
         for sequence in list(self._running):
             num_tokens = len(sequence.token_ids)
-            num_missing = -(-num_tokens // self._block_size) - len(sequence.block_table)
-            if num_missing > 0 and not all(
-                self._preemption.make_room(sequence, now) for _ in range(num_missing)
-            ):
-                break  # it was the last one
+            if num_tokens > len(sequence.block_table) * block_size:
+                if not self._preemption.make_room(sequence, now):
+                    break  # it was the last one
             if sequence.num_computed_tokens == num_tokens - 1:
                 decodes.append(sequence)
             else:
@@ -333,10 +332,12 @@ class Scheduler:
             self.blocks.commit(sequence)
         if ids:
             sequence.times.note_token(now)
-            if code is _RUNNING:
-                updates.add(sequence.key, *sequence.take_untold())
-            else:
+            if code is not _RUNNING:
                 self._finish(sequence, code, updates, now)
+            elif sequence.grammar is None:
+                updates.add(sequence.key, sequence.tell(len(ids)), ids)
+            else:  # there may be forced tokens behind and before them
+                updates.add(sequence.key, *sequence.take_untold())
 
     def _ends_unstarted(self, sequence: Sequence, now: float) -> bool:
         """Whether a sequence that waits ends without a step, for its language's sake."""

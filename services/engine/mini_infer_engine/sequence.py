@@ -134,6 +134,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_is_watched",
         "_repetition",
         "_turning_point",
         "allowed_mask",
@@ -224,6 +225,7 @@ class Sequence:
         self.allowed_mask = allowed_mask
         limit = sampling.repetition
         self._repetition = None if limit is None else RepetitionDetector(limit, output_ids)
+        self._is_watched = grammar is not None or limit is not None
         self.deadline = deadline
         self.priority = self.rank = priority
         self.arrival_number = 0
@@ -316,35 +318,41 @@ class Sequence:
         Raises:
             MiniInferError: GRAMMAR_INVALID where the language took more than it may.
         """
-        num_before = len(self.token_ids)
+        known = self.token_ids
+        num_before = len(known)
         code = self._append(token_ids)
-        num_chosen = len(self.token_ids) - num_before
-        self.num_computed_tokens += num_computed + max(0, num_chosen - 1)
-        if num_chosen and code is _RUNNING and self.grammar is not None:
+        num_chosen = len(known) - num_before
+        self.num_computed_tokens += num_computed
+        if num_chosen > 1:
+            self.num_computed_tokens += num_chosen - 1
+        if self.grammar is not None and num_chosen and code is _RUNNING:
             code = self._jump_ahead()
         turning_point = self._turning_point
-        if turning_point is not None and num_before <= turning_point < len(self.token_ids):
+        if turning_point is not None and num_before <= turning_point < len(known):
             self.num_turned_together = turning_point + 1
             self.num_computed_tokens = 0
         return code
 
+    def tell(self, num_tokens: int) -> int:
+        """Counts tokens of output that an update tells of; gives the position of the first."""
+        start = self.num_told_tokens
+        self.num_told_tokens = start + num_tokens
+        return start
+
     def take_untold(self) -> tuple[int, list[int]]:
         """The output that no update has told of: its position, and its ids, perhaps none."""
-        start = self.num_told_tokens
-        token_ids = self.token_ids[self.num_prompt_tokens + start :]
-        self.num_told_tokens += len(token_ids)
-        return start, token_ids
+        token_ids = self.token_ids[self.num_prompt_tokens + self.num_told_tokens :]
+        return self.tell(len(token_ids)), token_ids
 
     def _append(self, token_ids: Seq[int]) -> FinishCode:
         """Adds tokens of output up to the one that ends it."""
         known, end_ids = self.token_ids, self.end_ids
-        is_watched = self.grammar is not None or self._repetition is not None
         for token_id in token_ids:
             may_end = token_id in end_ids and not self.ends_are_banned
             known.append(token_id)
             if may_end:
                 return FinishCode.STOP_TOKEN
-            if is_watched and (code := self._watch(token_id)) is not _RUNNING:
+            if self._is_watched and (code := self._watch(token_id)) is not _RUNNING:
                 return code
             if len(known) >= self.max_num_tokens:
                 return FinishCode.LENGTH

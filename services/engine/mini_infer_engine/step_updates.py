@@ -58,7 +58,8 @@ class StepUpdates:
         token_ids: The ids of each row.
         ends: By row, how the sequences that ended did so.
         failures: Sequences without a row: those that failed, and why.
-        logprobs: Of sequences with a row that want them: those of the row's ids.
+        logprobs: Those of the ids of a sequence's row, where they are wanted. Of sequences without
+            a row they mean nothing.
         prompt_logprobs: Of tokens of prompts: whose prompt, index of the first one, and those of it
             and of the tokens behind it.
     """

@@ -138,8 +138,10 @@ class ChildPool:
             process.end()
         try:
             return ChildProcess(self._kind, self._setup)
-        except OSError as error:
-            self._put(None)
+        except BaseException as error:
+            self._put(None)  # Whoever takes it tries again.
+            if not isinstance(error, OSError):
+                raise
             message = f"the process for {self._kind.subject}s cannot be started: {error.strerror}"
             raise MiniInferError(ErrorReason.INTERNAL_ERROR, message) from error
 
@@ -152,10 +154,13 @@ class ChildPool:
         if self._refusal is not None:
             self._put(None)
             return
+        successor = None
         try:
-            self._put(ChildProcess(self._kind, self._setup))
+            successor = ChildProcess(self._kind, self._setup)
         except OSError:
-            self._put(None)  # Whoever takes it tries again.
+            pass  # Whoever takes its place tries again.
+        finally:
+            self._put(successor)
 
     def _put(self, process: ChildProcess | None) -> None:
         with self._idle_changed:
