@@ -19,6 +19,7 @@ from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sampling import Sampler
 from mini_infer_engine.sequence import Sequence as EngineSequence
 from mini_infer_engine.sequence import StreamKey
+from mini_infer_kernels import sampling_kernels
 from mini_infer_kernels.sampling_kernels import REFERENCE_SAMPLING
 
 VOCAB = 50
@@ -171,6 +172,20 @@ def test_logprobs_are_those_of_the_model_before_everything_else() -> None:
         best = expected[row].topk(num_top)
         assert [each.token_id for each in told.top] == best.indices.tolist()
         assert [each.logprob for each in told.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_statuses_are_those_of_the_kernels() -> None:
+    assert [RowStatus.OK, RowStatus.NON_FINITE, RowStatus.NOTHING_ALLOWED] == [
+        sampling_kernels.OK,
+        sampling_kernels.NON_FINITE,
+        sampling_kernels.NOTHING_ALLOWED,
+    ]
+
+
+def test_shares_never_reach_the_device_as_nothing() -> None:
+    columns = columns_of([resolved(top_p=5e-324, typical_p=1e-46)])
+    assert columns.top_ps[0] > 0
+    assert columns.typical_ps[0] > 0
 
 
 def test_masks_are_asked_for_once_and_only_where_a_row_is_masked() -> None:

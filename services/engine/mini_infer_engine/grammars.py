@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+import structlog
+from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.logprobs import NO_LOGPROBS
 from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer.structured_output import Grammar
 from mini_infer_tokenizer.grammar import GrammarVocabulary, Matcher
 
 from mini_infer_engine.output_grammar import Forced, OutputGrammar
+
+log = structlog.get_logger("engine")
 
 
 class Grammars:
@@ -53,10 +57,22 @@ class Grammars:
             forced = Forced.CHOSEN_FREELY
         elif sampling.num_logprobs != NO_LOGPROBS:
             forced = Forced.ONLY_CHOICE
-        return OutputGrammar(self._thread.submit(self._compile, sampling.grammar), forced)
+        compile_it = partial(self._thread.submit, self._compile, sampling.grammar)
+        return OutputGrammar(compile_it, forced)
+
+    def close(self) -> None:
+        """Compiles nothing any more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, grammar: Grammar) -> Matcher:
-        return self._vocabulary.compile(grammar)
+        try:
+            return self._vocabulary.compile(grammar)
+        except MiniInferError:
+            raise
+        except BaseException as error:  # A panic of the library is no Exception.
+            log.error("a language cannot be compiled", error=repr(error))
+            message = "structured output: the language cannot be compiled"
+            raise MiniInferError(ErrorReason.INTERNAL_ERROR, message) from error
 
     @cached_property
     def _vocabulary(self) -> GrammarVocabulary:

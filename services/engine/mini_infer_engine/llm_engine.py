@@ -184,6 +184,8 @@ class LLMEngine:
 
     def close(self) -> None:
         """Frees the model and its cache; the engine is not usable after. Once is enough."""
+        if self._loaded is not None:
+            self._loaded.served.grammars.close()
         self._loaded = None
         self._free()
         self._chat_templates.close()

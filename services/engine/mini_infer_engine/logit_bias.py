@@ -44,11 +44,12 @@ class LogitBias:
         self._values = np.array(values, np.float32)
         self._min_tokens = sampling.min_tokens
         self._end_ids = sorted(end_ids)
-        # By the id before their last one.
-        self._continued: dict[int, list[tuple[list[int], int]]] = {}
+        # The last ids of bad words, by the number of the others and these.
+        self._continued: dict[int, dict[tuple[int, ...], list[int]]] = {}
         for *others, last in sampling.bad_words:
             if others:
-                self._continued.setdefault(others[-1], []).append((others, last))
+                words = self._continued.setdefault(len(others), {})
+                words.setdefault(tuple(others), []).append(last)
         is_lasting = len(self._ids) > 0 or len(self._continued) > 0
         self.end = sampling.max_tokens if is_lasting else sampling.min_tokens
 
@@ -73,8 +74,8 @@ class LogitBias:
         """
         banned = [
             last
-            for others, last in self._continued.get(token_ids[-1], ())
-            if token_ids[-len(others) :] == others
+            for num_others, words in self._continued.items()
+            for last in words.get(tuple(token_ids[-num_others:]), ())
         ]
         if num_output_tokens < self._min_tokens:
             banned += self._end_ids

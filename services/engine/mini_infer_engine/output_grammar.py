@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from mini_infer.errors import ErrorReason, MiniInferError
-
-if TYPE_CHECKING:
-    from mini_infer_tokenizer.grammar import Matcher
+from mini_infer_tokenizer.grammar import MAX_FORCED_TOKENS, Matcher
 
 
 class Forced(Enum):
     """What happens where the language admits a single text, and so its tokens are known."""
 
     TAKEN = "taken"
-    """They are taken at once, without being chosen."""
+    """They are taken at once, without being chosen; of a long run of them so many at a step."""
     ONLY_CHOICE = "only choice"
     """Each is chosen, and is the only one that may be: the output is the same as with TAKEN."""
     CHOSEN_FREELY = "chosen freely"
@@ -25,22 +23,31 @@ class Forced(Enum):
 
 
 class OutputGrammar:
-    """Follows the output of one sequence. Of the loop's thread.
+    """Follows the output of one sequence. Of the loop's thread."""
 
-    Attributes:
-        has_begun: Whether `begin` was called.
-    """
-
-    def __init__(self, compiled: Future[Matcher], forced: Forced = Forced.TAKEN) -> None:
-        """Takes a language that is being compiled.
+    def __init__(
+        self, compile_it: Callable[[], Future[Matcher]], forced: Forced = Forced.TAKEN
+    ) -> None:
+        """Compiles nothing yet.
 
         Args:
-            compiled: The language at its beginning, of this sequence alone; or the error.
+            compile_it: Begins to compile the language, for this sequence alone.
             forced: What happens to tokens that must follow.
         """
-        self._compiled = compiled
+        self._compile_it = compile_it
+        self._compiled: Future[Matcher] | None = None
         self._forced = forced
+        self._has_more = False  # whether forced tokens may follow those taken last
         self._matcher: Matcher | None = None
+
+    def compile(self) -> None:
+        """Begins to compile the language, beside the loop."""
+        self._compiled = self._compile_it()
+
+    def cancel(self) -> None:
+        """Takes it back where it has not begun: the sequence has ended."""
+        if self._compiled is not None:
+            self._compiled.cancel()
 
     @property
     def has_begun(self) -> bool:
@@ -50,7 +57,7 @@ class OutputGrammar:
     @property
     def is_ready(self) -> bool:
         """Whether the language is compiled, or cannot be."""
-        return self._compiled.done()
+        return self._compiled is not None and self._compiled.done()
 
     @property
     def matcher(self) -> Matcher:
@@ -70,6 +77,7 @@ class OutputGrammar:
             MiniInferError: GRAMMAR_INVALID where the language cannot be compiled, or does not hold
                 this output.
         """
+        assert self._compiled is not None
         self._matcher = self._compiled.result()
         for token_id in output_ids:
             self.consume(token_id)
@@ -85,14 +93,17 @@ class OutputGrammar:
             raise self.problem()
 
     def forced(self) -> list[int]:
-        """The tokens that must follow and are taken at once."""
-        return self.matcher.forced() if self._forced is Forced.TAKEN else []
+        """The tokens that must follow and are taken at once; a bounded number of them."""
+        if self._forced is not Forced.TAKEN:
+            return []
+        token_ids = self.matcher.forced()
+        self._has_more = len(token_ids) == MAX_FORCED_TOKENS
+        return token_ids
 
     def only_choice(self) -> int | None:
         """The one token that may be chosen now, where that is so."""
-        if self._forced is not Forced.ONLY_CHOICE:
-            return None
-        return next(iter(self.matcher.forced()), None)
+        may_be_forced = self._has_more or self._forced is Forced.ONLY_CHOICE
+        return self.matcher.next_forced() if may_be_forced else None
 
     def problem(self) -> MiniInferError:
         """Why the output cannot go on."""

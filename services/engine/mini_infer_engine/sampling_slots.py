@@ -10,6 +10,8 @@ from mini_infer.logprobs import NO_LOGPROBS
 from mini_infer_engine.batch import NO_HISTORY, Floats, Ints, SamplingColumns, TokenHistory
 from mini_infer_engine.sequence import Sequence
 
+_LEAST_SHARE = float(np.finfo(np.float32).tiny)
+"""Smaller ones could become 0 on a device, of which no token has a share."""
 _NO_INTS: Ints = np.empty(0, np.int64)
 _NO_FLOATS: Floats = np.empty(0, np.float32)
 
@@ -39,9 +41,9 @@ class SamplingSlots:
         sampling = sequence.sampling
         self._temperatures[slot] = sampling.temperature
         self._top_ks[slot] = sampling.top_k
-        self._top_ps[slot] = sampling.top_p
+        self._top_ps[slot] = max(sampling.top_p, _LEAST_SHARE)
         self._min_ps[slot] = sampling.min_p
-        self._typical_ps[slot] = sampling.typical_p
+        self._typical_ps[slot] = max(sampling.typical_p, _LEAST_SHARE)
         self._repetition_penalties[slot] = sampling.repetition_penalty
         self._presence_penalties[slot] = sampling.presence_penalty
         self._frequency_penalties[slot] = sampling.frequency_penalty

@@ -135,6 +135,8 @@ class Scheduler:
         for each in group:
             self._sequences[each.key] = each
             self._waiting.add(each, now)
+            if each.grammar is not None:
+                each.grammar.compile()
             if each.deadline is not None:
                 self._deadlines.set(each.key, each.deadline)
 
@@ -206,7 +208,8 @@ class Scheduler:
         sampled = batch.sampling.rows.tolist()
         chosen = dict(zip(sampled, tokens.token_ids.tolist(), strict=True))
         for index, columns in tokens.logprobs.items():
-            updates.logprobs[batch.keys[sampled[index]]] = columns
+            if step.sequences[sampled[index]].status is not SequenceStatus.ENDED:
+                updates.logprobs[batch.keys[sampled[index]]] = columns
         for index in np.flatnonzero(tokens.statuses).tolist():
             sequence = step.sequences[sampled[index]]
             if sequence.status is not SequenceStatus.ENDED:
@@ -387,6 +390,8 @@ class Scheduler:
         del self._sequences[sequence.key]
         self._deadlines.drop(sequence.key)
         sequence.status = SequenceStatus.ENDED
+        if sequence.grammar is not None:
+            sequence.grammar.cancel()
         self._release_if_done(sequence)
 
     def _release_if_done(self, sequence: Sequence) -> None:

@@ -301,7 +301,10 @@ class Sequence:
         if self.grammar is None or self.grammar.has_begun:
             return _RUNNING
         self.grammar.begin(self.token_ids[self.num_prompt_tokens :])
-        return FinishCode.GRAMMAR if self.grammar.is_complete else self._jump_ahead()
+        num_before = self.num_tokens
+        code = FinishCode.GRAMMAR if self.grammar.is_complete else self._jump_ahead()
+        self._turn_anew(num_before)
+        return code
 
     def advance(self, num_computed: int, token_ids: Seq[int]) -> FinishCode:
         """Takes in what a step did, and says whether the sequence has ended.
@@ -327,11 +330,16 @@ class Sequence:
             self.num_computed_tokens += num_chosen - 1
         if self.grammar is not None and num_chosen and code is _RUNNING:
             code = self._jump_ahead()
+        if self._turning_point is not None:
+            self._turn_anew(num_before)
+        return code
+
+    def _turn_anew(self, num_before: int) -> None:
+        """Has all tokens computed anew where the text has grown over its turning point."""
         turning_point = self._turning_point
-        if turning_point is not None and num_before <= turning_point < len(known):
+        if turning_point is not None and num_before <= turning_point < self.num_tokens:
             self.num_turned_together = turning_point + 1
             self.num_computed_tokens = 0
-        return code
 
     def tell(self, num_tokens: int) -> int:
         """Counts tokens of output that an update tells of; gives the position of the first."""

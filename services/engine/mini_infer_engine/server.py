@@ -108,5 +108,6 @@ def serve(
     if on_ready:
         on_ready()
     loop.run()
+    served.grammars.close()
     sessions.stop()
     outbox.close()

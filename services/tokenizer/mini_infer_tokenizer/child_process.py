@@ -91,7 +91,7 @@ class ChildProcess:
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C in a terminal is for its parent.
             )
-        except OSError:
+        except BaseException:
             self._socket.close()
             raise
         finally:

@@ -87,7 +87,8 @@ class GrammarVocabulary:
         if not ends:
             self.stand_in_id = tokens.index(b"") if b"" in tokens else vocab_size - 1
             ends = [self.stand_in_id]
-            tokens[self.stand_in_id] = b""
+        for each in ends:  # Where one has a text, it is no part of an output.
+            tokens[each] = b""
         self.vocab_size = vocab_size
         self.num_mask_words = (vocab_size + 31) // 32
         self._wrapper = _LibraryTokenizer(tokenizer, tokens, ends[0])
@@ -173,18 +174,19 @@ class Matcher:
         Returns:
             At most `MAX_FORCED_TOKENS`; none where the vocabulary cannot write every text.
         """
-        if not self._vocabulary.can_spell_all:
-            return []
         token_ids: list[int] = []
         while len(token_ids) < MAX_FORCED_TOKENS:
-            token_id = self._next_forced()
+            token_id = self.next_forced()
             if token_id is None or self._library.try_consume_tokens([token_id]) != 1:
                 break
             token_ids.append(token_id)
         self._library.rollback(len(token_ids))
         return token_ids
 
-    def _next_forced(self) -> int | None:
+    def next_forced(self) -> int | None:
+        """The first of `forced`, or None where there is none."""
+        if not self._vocabulary.can_spell_all:
+            return None
         following = self._library.compute_ff_bytes()
         if len(following) > 2 * _WINDOW_BYTES:
             return self._vocabulary.first_token(following[:_WINDOW_BYTES])

@@ -43,9 +43,10 @@ _LARK_PARTS = re.compile(
     r'"(?:\\.|[^"\\\n])*"'  # a string
     r"|(?://|\#)[^\n]*"  # a comment
     r"|/(?:\\.|[^/\\\n])+/"  # a regular expression
-    r"|(?P<token><[^>\n]{,99}>)"
-    r"|(?P<option>\w\[[^\]\n]{,99}?\b(?:stop|temperature|max_tokens)\b|%llguidance(?!\s*\{\s*\}))"
+    r"|(?P<token><[^>\n]*>?)"  # has no other meaning
+    r"|(?P<option>\b(?:stop|temperature|max_tokens)\s*=|%llguidance(?!\s*\{\s*\}))"
 )
+"""What a grammar is made of, as far as it matters where texts and comments begin and end."""
 
 
 def library_grammar(grammar: Grammar, opening: str) -> str:
