@@ -92,7 +92,7 @@ def test_what_was_accepted_is_remembered(
     checks.check(regex("a"))
     process.resume()
     assert refusal(checks, Grammar(GrammarKind.GRAMMAR, "a")).reason is ErrorReason.GRAMMAR_INVALID
-    monkeypatch.setattr(grammar_checks, "_MAX_ACCEPTED", 2)
+    monkeypatch.setattr(grammar_checks, "_MAX_VERDICTS", 2)
     for source in ("b", "c", "d"):
         checks.check(regex(source))
     process.kill()

@@ -31,6 +31,7 @@ from mini_infer_tokenizer.grammar_checks import GrammarChecks
 from mini_infer_tokenizer.jobs import (
     LARGE_JOB_CHARACTERS,
     MAX_LARGE_CHARACTERS,
+    MAX_WAITING_LANGUAGES,
     Answer,
     Job,
     JobPool,
@@ -171,7 +172,10 @@ class TestPool:
                 gate.wait()
             return Encoded(job.job, [])
 
-        pool = JobPool(do, num_threads=2, num_chat_threads=2, num_grammar_threads=2)
+        def recall(job: CheckGrammar) -> Answer | None:
+            return GrammarAccepted(job.job) if job.grammar.source == "known" else None
+
+        pool = JobPool(do, recall, num_threads=2, num_chat_threads=2, num_grammar_threads=2)
         yield pool
         gate.set()
         pool.close()
@@ -217,6 +221,22 @@ class TestPool:
         assert {answer.job for _, answer in self.take(pool, 4)} == {3, 4, 5, 6}
         gate.set()
         assert {answer.job for _, answer in self.take(pool, 3)} == {0, 1, 2}
+
+    def test_a_language_that_is_known_waits_for_none(
+        self, pool: JobPool, gate: threading.Event
+    ) -> None:
+        for number in range(MAX_WAITING_LANGUAGES + 1):
+            pool.submit(b"a", check_regex(number, f"{number}"))
+        ((_, refused),) = self.take(pool, 1)
+        assert isinstance(refused, JobRefused)
+        assert (refused.job, refused.reason) == (MAX_WAITING_LANGUAGES, ErrorReason.QUEUE_FULL)
+        pool.submit(b"b", check_regex(100, "known"))
+        assert self.take(pool, 1) == [(b"b", GrammarAccepted(100))]
+        pool.cancel(b"a", [MAX_WAITING_LANGUAGES - 1])
+        pool.submit(b"b", check_regex(101, "new"))
+        gate.set()
+        answers = self.take(pool, MAX_WAITING_LANGUAGES)
+        assert not any(isinstance(answer, JobRefused) for _, answer in answers)
 
     @pytest.mark.parametrize(
         "job",

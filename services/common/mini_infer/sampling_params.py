@@ -99,8 +99,9 @@ class SamplingParams:
             begins there; at most 256.
         n: Completions of the prompt, 1 to 16. Completion i draws with seed + i.
         seed: Same seed and request, same tokens. Unset draws one.
-        max_tokens: Output tokens at most, at least 1. Unset: what the context holds.
-        min_tokens: No end of sequence, stop id or stop string before this many tokens.
+        max_tokens: Output tokens at most, at least 1. Unset: the model's default, or what the
+            context holds.
+        min_tokens: No end of sequence, stop id, stop string or repetition before this many tokens.
         stop: Text, or texts, that end the output where one first appears; at most 16.
         stop_token_ids: Ids that end the output; at most 64.
         ignore_eos: Treat the model's end-of-sequence ids as ordinary tokens.
@@ -197,6 +198,7 @@ class SamplingParams:
                     found.append(_expected(path, f"ids from 0 to {vocab_size - 1}", token_id))
                 if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
                     found.append(_expected(f"{path}[{token_id}]", "-100 to 100", bias))
+            del found[MAX_LISTED_IDS:]
         allowed = self.allowed_token_ids
         found += _id_violations(
             "sampling.allowed_token_ids", allowed, MAX_ALLOWED_TOKEN_IDS, vocab_size

@@ -14,7 +14,6 @@ from mini_infer.sampling_params import (
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
     MAX_TOP_K,
-    MIN_REPETITION_PENALTY,
 )
 
 from mini_infer_engine.config_fields import ConfigFields, is_integer
@@ -77,7 +76,7 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
         min_p=fields.number("min_p", 0, 1, default=0.0, low_allowed=True),
         typical_p=fields.number("typical_p", 0, 1, default=1.0),
         repetition_penalty=fields.number(
-            "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY, default=1.0
+            "repetition_penalty", 0.01, MAX_REPETITION_PENALTY, default=1.0, low_allowed=True
         ),
     )
 

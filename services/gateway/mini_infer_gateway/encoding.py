@@ -7,7 +7,13 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from mini_infer.errors import FieldViolation, InvalidRequestError
+from mini_infer.errors import (
+    ErrorReason,
+    FieldViolation,
+    InvalidRequestError,
+    MiniInferError,
+)
+from mini_infer.structured_output import StructuredOutput
 
 from mini_infer_gateway.request import GenerationRequest, TextPrompt, TokenPrompt
 from mini_infer_gateway.tokenizer_link import TokenizerLink
@@ -45,7 +51,7 @@ async def encode_request(
         _encode_bad_words(request, tokenizer, vocab_size),
     ]
     if request.params.structured_output is not None:
-        jobs.append(tokenizer.check_grammar(request.params.structured_output.as_grammar()))
+        jobs.append(_check_grammar(request.params.structured_output, tokenizer))
     prompt_ids, bad_words, *_ = await _all_of(jobs)
     return Encoding(prompt_ids, bad_words)
 
@@ -77,6 +83,18 @@ async def _encode_prompt(
         )
     field = "text" if isinstance(prompt, TextPrompt) else "chat"
     raise InvalidRequestError([FieldViolation(field, problem)])
+
+
+async def _check_grammar(structured: StructuredOutput, tokenizer: TokenizerLink) -> None:
+    grammar = structured.as_grammar()
+    try:
+        await tokenizer.check_grammar(grammar)
+    except MiniInferError as error:
+        if error.reason is not ErrorReason.GRAMMAR_INVALID:
+            raise
+        field = f"structured_output.{grammar.kind.value}"
+        violation = FieldViolation(field, error.message, error.reason)
+        raise InvalidRequestError([violation]) from None
 
 
 async def _encode_bad_words(

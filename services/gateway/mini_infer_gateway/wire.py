@@ -155,6 +155,7 @@ def model_info(
             repetition_penalty=defaults.repetition_penalty,
         ),
         fingerprint=engine.fingerprint,
+        default_stopping=generate_pb2.StoppingOptions(max_tokens=defaults.max_tokens),
     )
 
 

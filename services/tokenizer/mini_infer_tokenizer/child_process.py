@@ -96,6 +96,9 @@ class ChildProcess:
             raise
         finally:
             theirs.close()
+        if kind.niceness:
+            own = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, own + kind.niceness)
 
     @property
     def is_alive(self) -> bool:

@@ -28,12 +28,15 @@ class ChildKind:
         subject: What they try, which begins every message about one that failed.
         reason: Of the errors of those.
         hint: What to do about one that used more than it may.
+        niceness: Added to that of the process that starts them: what they do is worth less than
+            what others wait for.
     """
 
     module: str
     subject: str
     reason: ErrorReason
     hint: str = ""
+    niceness: int = 0
 
     def failed(self, cause: str) -> MiniInferError:
         """The error of what was tried."""

@@ -34,16 +34,18 @@ each of its tokens would take quadratic time."""
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2000,
     initial_lexer_fuel=400_000,
-    step_lexer_fuel=200_000,
-    step_max_items=50_000,
+    step_lexer_fuel=50_000,
+    step_max_items=2000,
     max_lexer_states=40_000,
     max_grammar_size=100_000,
     precompute_large_lexemes=False,
     verbose_errors=False,
 )
-"""Of each matcher, for as long as it lives: its tables grow by less than a kilobyte for each state
-of the lexer, so they take tens of megabytes at most; a mask takes some 20 ms at most, and errors
-quote nothing of the language. `precompute_large_lexemes` would walk the whole vocabulary first."""
+"""Of each matcher, for as long as it lives. A state of the lexer takes less than a kilobyte, so all
+of them take tens of megabytes at most. Items are what an ambiguous grammar (`e: e e`) has more
+of with each token: so many take 10 ms at most, and an object of 300 optional fields has room.
+`precompute_large_lexemes` would walk the whole vocabulary while a language is compiled. Errors
+quote nothing of the language."""
 
 _MARKER = "\x02"
 """What tokenizers put before a text, such as a space, they put before this instead."""

@@ -6,10 +6,12 @@ An engine that compiled a client's language unseen could be stopped by it: for s
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from pathlib import Path
 from threading import Lock
 
+from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.structured_output import Grammar
 
 from mini_infer_tokenizer.child_pool import ChildPool
@@ -30,14 +32,16 @@ NUM_GRAMMAR_PROCESSES = 2
 """One works while another starts anew, which takes about a second: a hostile language delays the
 others by no more than that."""
 
-_MAX_ACCEPTED = 4096
+_MAX_VERDICTS = 4096
 """Languages that are remembered, by their hash."""
+_REFUSED_FOR_S = 30.0
+"""How long a refusal is remembered. One that was near a limit may be accepted another time."""
 
 
 class GrammarChecks:
     """Checks languages; safe to use from several threads.
 
-    Most clients send the same few languages again and again, so what was accepted is remembered.
+    Most clients send the same few languages again and again, so what was found is remembered.
     """
 
     def __init__(
@@ -55,8 +59,28 @@ class GrammarChecks:
         """
         setup = GrammarSetup(str(model_folder.absolute()))
         self._children = ChildPool(GRAMMARS, setup, num_processes, limits)
-        self._accepted: OrderedDict[bytes, None] = OrderedDict()
+        # What was found of a language: None for accepted, or the error and until when it counts.
+        self._verdicts: OrderedDict[bytes, tuple[MiniInferError, float] | None] = OrderedDict()
         self._lock = Lock()
+
+    def recall(self, grammar: Grammar) -> bool:
+        """Whether a language was accepted lately; takes no process.
+
+        Raises:
+            MiniInferError: As it was refused lately.
+        """
+        digest = _digest(grammar)
+        with self._lock:
+            if digest not in self._verdicts:
+                return False
+            self._verdicts.move_to_end(digest)
+            refusal = self._verdicts[digest]
+        if refusal is None:
+            return True
+        error, until = refusal
+        if time.monotonic() < until:
+            raise error
+        return False
 
     def check(self, grammar: Grammar) -> None:
         """Tries a language. The first one also waits for a process to start: a second or two.
@@ -66,18 +90,31 @@ class GrammarChecks:
                 may, FIELD_NOT_SUPPORTED where the tokenizer cannot be matched, INVALID_FIELD where
                 the description is no Unicode, INTERNAL_ERROR where no process can be started.
         """
-        text = f"{grammar.kind.value} {grammar.source}"
-        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+        if self.recall(grammar):
+            return
+        refusal = None
+        try:
+            self._children.do(grammar)
+        except MiniInferError as error:
+            if error.reason is not ErrorReason.GRAMMAR_INVALID:
+                raise
+            refusal = error
+        self._remember(grammar, refusal)
+        if refusal is not None:
+            raise refusal
+
+    def _remember(self, grammar: Grammar, refusal: MiniInferError | None) -> None:
+        until = time.monotonic() + _REFUSED_FOR_S
         with self._lock:
-            if digest in self._accepted:
-                self._accepted.move_to_end(digest)
-                return
-        self._children.do(grammar)
-        with self._lock:
-            self._accepted[digest] = None
-            if len(self._accepted) > _MAX_ACCEPTED:
-                self._accepted.popitem(last=False)
+            self._verdicts[_digest(grammar)] = None if refusal is None else (refusal, until)
+            if len(self._verdicts) > _MAX_VERDICTS:
+                self._verdicts.popitem(last=False)
 
     def close(self) -> None:
         """Ends the processes. Once is enough."""
         self._children.close()
+
+
+def _digest(grammar: Grammar) -> bytes:
+    text = f"{grammar.kind.value} {grammar.source}"
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()

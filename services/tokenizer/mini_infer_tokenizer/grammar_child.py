@@ -20,7 +20,7 @@ from mini_infer_tokenizer.encode import TextTokenizer
 from mini_infer_tokenizer.grammar import GrammarVocabulary
 from mini_infer_tokenizer.grammar_protocol import GRAMMARS, GrammarSetup
 
-_NUM_STEPS = 16
+_NUM_STEPS = 64
 """That follow the first mask: enough to meet what a mask costs within a repetition."""
 
 

@@ -12,6 +12,7 @@ GRAMMARS = ChildKind(
     subject="structured output",
     reason=ErrorReason.GRAMMAR_INVALID,
     hint="describe a smaller language, with fewer or shorter repetitions and alternatives",
+    niceness=5,
 )
 
 

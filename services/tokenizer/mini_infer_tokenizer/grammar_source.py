@@ -45,6 +45,7 @@ _LARK_PARTS = re.compile(
     r"|/(?:\\.|[^/\\\n])+/"  # a regular expression
     r"|(?P<token><[^>\n]*>?)"  # has no other meaning
     r"|(?P<option>\b(?:stop|temperature|max_tokens)\s*=|%llguidance(?!\s*\{\s*\}))"
+    r"|(?P<json>%json\b)"
 )
 """What a grammar is made of, as far as it matters where texts and comments begin and end."""
 
@@ -122,3 +123,5 @@ def _check_lark(source: str) -> None:
                 "the options stop, temperature and max_tokens of rules, and those of %llguidance, "
                 "are not supported"
             )
+        if part["json"]:
+            raise invalid("schemas within a grammar are not supported: use json_schema")

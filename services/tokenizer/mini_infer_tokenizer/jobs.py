@@ -47,6 +47,8 @@ LARGE_JOB_CHARACTERS = 16 * 1024
 """A job above it takes milliseconds, and waits only for others of its kind."""
 MAX_LARGE_CHARACTERS = 16 * 2**20
 """Of the large jobs that wait or run, together: about ten seconds of work."""
+MAX_WAITING_LANGUAGES = 64
+"""That wait to be checked: a few seconds of work."""
 MAX_ANSWER_BYTES = 16 * 2**20
 """Of an answer's frame, far below what the sockets take: a larger one would end the link."""
 MAX_IDS_AT_ONCE = 256
@@ -88,6 +90,13 @@ class JobWorker:
             _log.error("job failed", job=type(job).__name__, error=type(error).__name__)
             return JobRefused(job.job, ErrorReason.INTERNAL_ERROR, "the tokenizer failed")
 
+    def recall(self, job: CheckGrammar) -> GrammarAccepted | JobRefused | None:
+        """What was found of a language lately; None where it has to be checked."""
+        try:
+            return GrammarAccepted(job.job) if self._grammars.recall(job.grammar) else None
+        except MiniInferError as error:
+            return JobRefused(job.job, error.reason, error.message)
+
     def _answer(self, job: EncodeText | Decode | EncodeWords | CheckGrammar) -> Answer:
         match job:
             case EncodeText():
@@ -111,6 +120,7 @@ class _Ticket:
     number: int
     job: Job | None
     num_large_characters: int = 0
+    is_language: bool = False
 
 
 class JobPool:
@@ -123,6 +133,7 @@ class JobPool:
     def __init__(
         self,
         do: Callable[[Job], Result],
+        recall: Callable[[CheckGrammar], Answer | None],
         num_threads: int,
         num_chat_threads: int,
         num_grammar_threads: int,
@@ -131,25 +142,37 @@ class JobPool:
 
         Args:
             do: Does a job; called on the threads.
+            recall: Knows the answer about a language, or None; called at once.
             num_threads: One of them is for large jobs; small ones have at least one as well.
             num_chat_threads: Of small chats, beside those; large ones are large jobs.
             num_grammar_threads: Of languages of any size, beside those.
         """
         self._do = do
+        self._recall = recall
         self._small = ThreadPoolExecutor(max(1, num_threads - 1), "small-jobs")
         self._large = ThreadPoolExecutor(1, "large-jobs")
         self._chats = ThreadPoolExecutor(num_chat_threads, "chats")
         self._grammars = ThreadPoolExecutor(num_grammar_threads, "grammars")
         self._tickets: defaultdict[bytes, dict[int, _Ticket]] = defaultdict(dict)
         self._num_large_characters = 0
+        self._num_languages = 0
         self._results: SimpleQueue[tuple[_Ticket, Result]] = SimpleQueue()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
 
     def submit(self, gateway: bytes, job: Job) -> None:
-        """Queues a job of a gateway, or refuses it; a short decode is done at once."""
+        """Queues a job of a gateway, or refuses it; what takes no time is done at once."""
         ticket = self._tickets[gateway][job.job] = _Ticket(gateway, job.job, job)
+        if isinstance(job, CheckGrammar):
+            if (answer := self._recall(job)) is not None:
+                self._put(ticket, answer)
+                return
+            if self._num_languages == MAX_WAITING_LANGUAGES:
+                self._put(ticket, _queue_full(job))
+                return
+            ticket.is_language = True
+            self._num_languages += 1
         self._queue(ticket, job)
 
     def _queue(self, ticket: _Ticket, job: Job) -> None:
@@ -242,6 +265,7 @@ class JobPool:
         """Ends a ticket, and gives the memory of its job back."""
         ticket.job = None
         self._num_large_characters -= ticket.num_large_characters
+        self._num_languages -= ticket.is_language
         self._tickets[ticket.gateway].pop(ticket.number, None)
 
 
@@ -249,7 +273,7 @@ def _queue_full(job: Job) -> JobRefused:
     return JobRefused(
         job.job,
         ErrorReason.QUEUE_FULL,
-        "too many long inputs wait for the tokenizer: try again later",
+        "too many long inputs or languages wait for the tokenizer: try again later",
     )
 
 

@@ -78,8 +78,10 @@ def run(config: TokenizerConfig, address: str, on_ready: Callable[[], None] | No
         has_chat_template=bool(chat_templates.names),
     )
     grammars = GrammarChecks(config.model_folder)
+    worker = JobWorker(tokenizer, chat_templates, grammars)
     jobs = JobPool(
-        JobWorker(tokenizer, chat_templates, grammars).do,
+        worker.do,
+        worker.recall,
         config.num_encode_threads,
         num_chat_threads=config.num_template_processes,
         num_grammar_threads=NUM_GRAMMAR_PROCESSES,

@@ -42,7 +42,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "architecture", "max_context_tokens", "vocab_size", "eos_token_ids", "has_chat_template", "dtype", "default_sampling", "fingerprint")
+    __slots__ = ("model", "architecture", "max_context_tokens", "vocab_size", "eos_token_ids", "has_chat_template", "dtype", "default_sampling", "fingerprint", "default_stopping")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class GetModelInfoResponse(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_SAMPLING_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_STOPPING_FIELD_NUMBER: _ClassVar[int]
     model: str
     architecture: str
     max_context_tokens: int
@@ -61,7 +62,8 @@ class GetModelInfoResponse(_message.Message):
     dtype: str
     default_sampling: _generate_pb2.SamplingOptions
     fingerprint: str
-    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., dtype: _Optional[str] = ..., default_sampling: _Optional[_Union[_generate_pb2.SamplingOptions, _Mapping]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    default_stopping: _generate_pb2.StoppingOptions
+    def __init__(self, model: _Optional[str] = ..., architecture: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., has_chat_template: _Optional[bool] = ..., dtype: _Optional[str] = ..., default_sampling: _Optional[_Union[_generate_pb2.SamplingOptions, _Mapping]] = ..., fingerprint: _Optional[str] = ..., default_stopping: _Optional[_Union[_generate_pb2.StoppingOptions, _Mapping]] = ...) -> None: ...
 
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
