@@ -1,11 +1,12 @@
-"""How many JSON outputs of 200 schemas are valid and complete, and what masks and jumps cost.
+"""How many JSON outputs of 200 schemas are valid and complete, and how fast bad ones are refused.
 
     python benchmarks/structured_output.py
 
 The demo model writes one output of at most 512 tokens for each schema of `json_schemas.py`, at
 temperature 0 and 1. Outputs that end by themselves must be JSON of their schema, as the
 `jsonschema` package sees it. *Jumps* are the share of tokens that no step was spent on, since they
-had to follow.
+had to follow. *Refusals* are those of `hostile_grammars.py`, each with a checking process that is
+ready: on a machine that has nothing else to do.
 
 Writes `benchmarks/results/structured_output.json` and exits with 1 where a bound is missed.
 """
@@ -13,22 +14,29 @@ Writes `benchmarks/results/structured_output.json` and exits with 1 where a boun
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import torch
 from engine_runs import Check, argument_parser, model_folder, report
+from hostile_grammars import HOSTILE_GRAMMARS
 from json_schemas import json_schemas
-from mini_infer import EngineConfig, LLMEngine, SamplingParams, StructuredOutput
+from mini_infer import EngineConfig, LLMEngine, MiniInferError, SamplingParams, StructuredOutput
+from mini_infer.structured_output import Grammar, GrammarKind
+from mini_infer_tokenizer.grammar_checks import GrammarChecks
 
 VALID_BOUND = 1.0
 """Share of the complete outputs that are valid."""
 COMPLETE_BOUND = 0.95
 """Share of the outputs that are complete within `MAX_TOKENS`."""
+REFUSAL_BOUND_MS = 100.0
+"""The slowest refusal."""
 MAX_TOKENS = 512
 NUM_SCHEMAS = 200
 PROMPT = "Once upon a time there was"
@@ -81,6 +89,21 @@ def jump_share(engine: LLMEngine, schemas: Sequence[Any]) -> float:
     return 1 - (engine.num_steps - first_step) / num_tokens
 
 
+def refusal_times(model: str) -> list[float]:
+    """Seconds until each hostile language is refused; those that are accepted are left out."""
+    checks = GrammarChecks(Path(model), num_processes=1)
+    seconds = []
+    for number, (_, grammar) in enumerate(HOSTILE_GRAMMARS):
+        checks.check(Grammar(GrammarKind.REGEX, f"[a-z]+{number}"))  # behind it, one is ready
+        started = time.perf_counter()
+        try:
+            checks.check(grammar)
+        except MiniInferError:
+            seconds.append(time.perf_counter() - started)
+    checks.close()
+    return seconds
+
+
 def main() -> int:
     """Runs both temperatures; the exit status tells whether the bounds were kept."""
     arguments = argument_parser(__doc__).parse_args()
@@ -90,12 +113,15 @@ def main() -> int:
         with LLMEngine(config) as engine:
             cases = [write_outputs(engine, schemas, temperature) for temperature in (0.0, 1.0)]
             jumps = jump_share(engine, schemas[:20])
+        refusals_ms = sorted(1e3 * seconds for seconds in refusal_times(model))
     checks = []
     for case in cases:
         name = f"at temperature {case['temperature']:g}"
         checks.append(Check(f"complete outputs {name}", case["complete"], least=COMPLETE_BOUND))
         checks.append(Check(f"valid ones of them {name}", case["valid"], least=VALID_BOUND))
     checks.append(Check("tokens without a step, one output at a time", jumps, least=0.0))
+    checks.append(Check("slowest refusal, ms", refusals_ms[-1], most=REFUSAL_BOUND_MS))
+    cases.append({"refusals": len(refusals_ms), "median_ms": statistics.median(refusals_ms)})
     device = torch.device(arguments.device)
     return report("structured_output", arguments, device, cases, checks)
 

@@ -165,6 +165,7 @@ class DrawComparison:
         key = StreamKey(b"", 0)
         (sequence,) = served.sequences([key], prompt_ids, telling, output_ids=output_ids)
         if sequence.grammar is not None:
+            sequence.grammar.compile()
             sequence.grammar.begin(output_ids)
         sequence.block_table = [0]
         running = RunningBatch(1)

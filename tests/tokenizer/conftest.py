@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import tokenizer_kinds
+from grammar_walks import UNSUPPORTED, vocabulary_of
 from mini_infer.config import bundled_model
 from mini_infer_tokenizer.detokenize import Detokenizer
 from mini_infer_tokenizer.encode import TextTokenizer
+from mini_infer_tokenizer.grammar import GrammarVocabulary
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +48,13 @@ def byte_level(model_folders: dict[str, Path]) -> TextTokenizer:
 @pytest.fixture(scope="session")
 def byte_fallback(model_folders: dict[str, Path]) -> TextTokenizer:
     return TextTokenizer(model_folders["byte_fallback"])
+
+
+@pytest.fixture(scope="session")
+def vocabularies(model_folders: dict[str, Path]) -> dict[str, GrammarVocabulary]:
+    """What languages are matched with, of the kinds of tokenizer for which that is possible."""
+    return {
+        kind: vocabulary_of(folder)
+        for kind, folder in model_folders.items()
+        if kind not in UNSUPPORTED
+    }

@@ -15,27 +15,15 @@ from grammar_walks import (
     LANGUAGES,
     PERSON,
     SPELL_ALL,
-    UNSUPPORTED,
     allowed,
     choice,
     regex,
     schema,
-    vocabulary_of,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mini_infer_tokenizer.encode import TextTokenizer
 from mini_infer_tokenizer.grammar import MAX_FORCED_TOKENS, GrammarVocabulary, fill_all
-
-
-@pytest.fixture(scope="module")
-def vocabularies(model_folders: dict[str, Path]) -> dict[str, GrammarVocabulary]:
-    """Of the kinds that are supported."""
-    return {
-        kind: vocabulary_of(folder)
-        for kind, folder in model_folders.items()
-        if kind not in UNSUPPORTED
-    }
 
 
 @pytest.fixture(scope="module")

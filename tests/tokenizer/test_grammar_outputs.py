@@ -21,7 +21,6 @@ from grammar_walks import (
     allowed,
     choice,
     schema,
-    vocabulary_of,
     walk,
 )
 from mini_infer.errors import ErrorReason, MiniInferError, ModelFolderError
@@ -29,16 +28,6 @@ from mini_infer.structured_output import Grammar
 from mini_infer_tokenizer.encode import TextTokenizer
 from mini_infer_tokenizer.grammar import GrammarVocabulary
 from mini_infer_tokenizer.token_bytes import read_token_bytes
-
-
-@pytest.fixture(scope="module")
-def vocabularies(model_folders: dict[str, Path]) -> dict[str, GrammarVocabulary]:
-    """Of the kinds that are supported."""
-    return {
-        kind: vocabulary_of(folder)
-        for kind, folder in model_folders.items()
-        if kind not in UNSUPPORTED
-    }
 
 
 def is_person(text: str) -> bool:

@@ -103,14 +103,12 @@ class LogprobColumns(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     def part(self, start: int, stop: int) -> LogprobColumns:
         """Those of the tokens from `start` to before `stop`."""
-        token, top = (
-            slice(4 * start, 4 * stop),
-            slice(4 * start * self.num_top, 4 * stop * self.num_top),
-        )
+        own = slice(4 * start, 4 * stop)
+        top = slice(4 * start * self.num_top, 4 * stop * self.num_top)
         return LogprobColumns(
             num_top=self.num_top,
-            logprobs=self.logprobs[token],
-            ranks=self.ranks[token],
+            logprobs=self.logprobs[own],
+            ranks=self.ranks[own],
             top_ids=self.top_ids[top],
             top_logprobs=self.top_logprobs[top],
         )
