@@ -117,10 +117,14 @@ def main() -> int:
     checks = []
     for case in cases:
         name = f"at temperature {case['temperature']:g}"
-        checks.append(Check(f"complete outputs {name}", case["complete"], least=COMPLETE_BOUND))
-        checks.append(Check(f"valid ones of them {name}", case["valid"], least=VALID_BOUND))
-    checks.append(Check("tokens without a step, one output at a time", jumps, least=0.0))
-    checks.append(Check("slowest refusal, ms", refusals_ms[-1], most=REFUSAL_BOUND_MS))
+        checks.append(
+            Check(name=f"complete outputs {name}", value=case["complete"], least=COMPLETE_BOUND)
+        )
+        checks.append(
+            Check(name=f"valid ones of them {name}", value=case["valid"], least=VALID_BOUND)
+        )
+    checks.append(Check(name="tokens without a step, one output at a time", value=jumps))
+    checks.append(Check(name="slowest refusal, ms", value=refusals_ms[-1], most=REFUSAL_BOUND_MS))
     cases.append({"refusals": len(refusals_ms), "median_ms": statistics.median(refusals_ms)})
     device = torch.device(arguments.device)
     return report("structured_output", arguments, device, cases, checks)
