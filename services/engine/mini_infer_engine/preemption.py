@@ -86,7 +86,7 @@ class Preemption:
         first = self._waiting.first()
         if first is None or not self._running or self._running.last.priority <= first.priority:
             return
-        if first.must_wait_for_parent:
+        if not first.is_ready:
             return
         needed = self._blocks.num_blocks_to_join(first) + num_spare
         num_free = self._blocks.pool.num_free
