@@ -275,6 +275,7 @@ def test_after_preemption(alone: Alone, costs: StepCoefficients) -> None:
     assert counted > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_choices_are_those_of_their_seeds(engine: Engine, alone: Alone, kind: str) -> None:
     """The seed after the greatest is 0."""
@@ -287,7 +288,7 @@ def test_choices_are_those_of_their_seeds(engine: Engine, alone: Alone, kind: st
         alone.check(sequence, told[sequence.key])
 
 
-@pytest.mark.parametrize("num_logprobs", [-1, 1])
+@pytest.mark.parametrize("num_logprobs", [-1, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_behind_any_prefix(
     engine: Engine, alone: Alone, kind: str, num_logprobs: int

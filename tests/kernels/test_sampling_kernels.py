@@ -124,7 +124,10 @@ def test_small_vocabularies(kind: str, size: int) -> None:
     assert_equal_choices(logits, RESTRICTIONS, masks_of(num_rows, size))
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "peaked", "ties"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("gaussian", marks=pytest.mark.slow), "peaked", "ties"],
+)
 def test_candidates_of_several_chunks(kind: str) -> None:
     chosen = [RESTRICTIONS[index] for index in (1, 2, 3, 5, 6, 7, 11)]
     logits = logits_of(kind, len(chosen), 9001)
