@@ -41,6 +41,18 @@ def detokenizer(tokenizer: TextTokenizer) -> Detokenizer:
 
 
 @pytest.fixture(scope="session")
+def demo() -> TextTokenizer:
+    """That of the demo model."""
+    return TextTokenizer(bundled_model("demo"))
+
+
+@pytest.fixture(scope="session")
+def vocabulary(demo: TextTokenizer) -> GrammarVocabulary:
+    """What languages of the demo model are matched with; it has two ids that end an output."""
+    return GrammarVocabulary(demo, demo.vocab_size, [0, 2])
+
+
+@pytest.fixture(scope="session")
 def byte_level(model_folders: dict[str, Path]) -> TextTokenizer:
     return TextTokenizer(model_folders["byte_level"])
 

@@ -6,16 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
-from mini_infer.config import bundled_model
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer_tokenizer.bad_words import bad_word_sequences
 from mini_infer_tokenizer.encode import TextTokenizer
 from mini_infer_tokenizer.token_bytes import read_token_bytes
-
-
-@pytest.fixture(scope="module")
-def demo() -> TextTokenizer:
-    return TextTokenizer(bundled_model("demo"))
 
 
 def holds(token_ids: list[int], sequences: list[list[int]]) -> bool:

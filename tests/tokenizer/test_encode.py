@@ -18,11 +18,6 @@ from transformers import AutoTokenizer
 DEMO = bundled_model("demo")
 
 
-@pytest.fixture(scope="module")
-def demo() -> TextTokenizer:
-    return TextTokenizer(DEMO)
-
-
 def test_ids_are_those_of_the_library(demo: TextTokenizer) -> None:
     library = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     text = "Tell me a story about a fox.<|end|> 狐"

@@ -26,16 +26,6 @@ from mini_infer_tokenizer.encode import TextTokenizer
 from mini_infer_tokenizer.grammar import MAX_FORCED_TOKENS, GrammarVocabulary, fill_all
 
 
-@pytest.fixture(scope="module")
-def demo() -> TextTokenizer:
-    return TextTokenizer(DEMO)
-
-
-@pytest.fixture(scope="module")
-def vocabulary(demo: TextTokenizer) -> GrammarVocabulary:
-    return GrammarVocabulary(demo, demo.vocab_size, [0, 2])
-
-
 class TestEnds:
     def test_ends_are_allowed_where_the_output_belongs(
         self, vocabulary: GrammarVocabulary, demo: TextTokenizer

@@ -6,7 +6,6 @@ import re
 
 import pytest
 from grammar_walks import (
-    DEMO,
     choice,
     lark,
     regex,
@@ -18,16 +17,6 @@ from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.structured_output import Grammar, GrammarKind
 from mini_infer_tokenizer.encode import TextTokenizer
 from mini_infer_tokenizer.grammar import GrammarVocabulary
-
-
-@pytest.fixture(scope="module")
-def demo() -> TextTokenizer:
-    return TextTokenizer(DEMO)
-
-
-@pytest.fixture(scope="module")
-def vocabulary(demo: TextTokenizer) -> GrammarVocabulary:
-    return GrammarVocabulary(demo, demo.vocab_size, [0, 2])
 
 
 def accepts(

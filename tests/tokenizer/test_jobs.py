@@ -46,11 +46,6 @@ LARGE = EncodeText(1, "x" * (LARGE_JOB_CHARACTERS + 1), False)
 
 
 @pytest.fixture(scope="module")
-def demo() -> TextTokenizer:
-    return TextTokenizer(DEMO)
-
-
-@pytest.fixture(scope="module")
 def templates(demo: TextTokenizer) -> Iterator[ChatTemplates]:
     templates = ChatTemplates(DEMO, demo.special_tokens)
     yield templates

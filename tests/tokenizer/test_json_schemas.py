@@ -28,11 +28,6 @@ KEYWORDS = {
 
 
 @pytest.fixture(scope="module")
-def demo() -> TextTokenizer:
-    return TextTokenizer(bundled_model("demo"))
-
-
-@pytest.fixture(scope="module")
 def vocabulary(demo: TextTokenizer) -> GrammarVocabulary:
     return GrammarVocabulary(demo, demo.vocab_size, [EOS_ID])
 

@@ -126,11 +126,6 @@ def gateway(server: ServerProcess, request: pytest.FixtureRequest) -> Iterator[G
     gateway.close()
 
 
-@pytest.fixture(scope="module")
-def demo() -> TextTokenizer:
-    return TextTokenizer(DEMO)
-
-
 def open_text(stream: int, stop: list[str] | None = None) -> OpenText:
     return OpenText(stream, stop or [], True, False)
 

@@ -268,6 +268,16 @@ class SamplingParams:
         )
 
 
+def within_vocabulary(words: Sequence[list[int]], vocab_size: int) -> list[list[int]]:
+    """The bad words that the model could write: a tokenizer may have ids that it does not know.
+
+    Args:
+        words: Lists of ids, none of them empty.
+        vocab_size: Number of token ids of the model.
+    """
+    return [word for word in words if max(word) < vocab_size]
+
+
 def as_params(sampling: ResolvedSampling) -> SamplingParams:
     """The numbers and lists of ids of resolved parameters, to be checked once more."""
     limit = sampling.repetition
@@ -331,6 +341,8 @@ def _id_violations(
     found = []
     if len(token_ids) > max_ids:
         found.append(_expected(path, f"at most {max_ids} ids", f"{len(token_ids)} ids"))
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return found  # which is found out fast, also of thousands
     bad = [
         _expected(f"{path}[{index}]", f"0 to {vocab_size - 1}", token_id)
         for index, token_id in enumerate(token_ids[:max_ids])

@@ -23,7 +23,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.errors import FieldViolation, InvalidRequestError
 from mini_infer.hub import with_local_model
 from mini_infer.resolved_sampling import MAX_SEED
-from mini_infer.sampling_params import SamplingParams
+from mini_infer.sampling_params import SamplingParams, within_vocabulary
 from mini_infer.scheduling_params import scheduling_violations
 from mini_infer_tokenizer.bad_words import bad_word_sequences
 from mini_infer_tokenizer.chat import ChatTemplates
@@ -266,7 +266,9 @@ class LLMEngine:
             num_prompt_tokens=len(prompt_ids),
             max_model_len=served.max_model_len,
             seed=secrets.randbelow(MAX_SEED + 1),
-            bad_words=self._bad_words(params.bad_words),
+            bad_words=within_vocabulary(
+                bad_word_sequences(self._tokenizer, params.bad_words), served.config.vocab_size
+            ),
         )
         if sampling.grammar is not None:
             self._grammar_checks.check(sampling.grammar)
@@ -301,12 +303,6 @@ class LLMEngine:
             violations.append(FieldViolation(field, expected))
         if violations:
             raise InvalidRequestError(violations)
-
-    def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
-        """In ids; a word with ids that the model does not know cannot be written."""
-        vocab_size = self._engine.served.config.vocab_size
-        sequences = bad_word_sequences(self._tokenizer, words)
-        return [sequence for sequence in sequences if max(sequence) < vocab_size]
 
     def _open_text(self, params: SamplingParams) -> TextStream:
         return self._detokenizer.open(

@@ -13,6 +13,7 @@ from mini_infer.errors import (
     InvalidRequestError,
     MiniInferError,
 )
+from mini_infer.sampling_params import within_vocabulary
 from mini_infer.structured_output import StructuredOutput
 
 from mini_infer_gateway.request import GenerationRequest, TextPrompt, TokenPrompt
@@ -100,8 +101,7 @@ async def _check_grammar(structured: StructuredOutput, tokenizer: TokenizerLink)
 async def _encode_bad_words(
     request: GenerationRequest, tokenizer: TokenizerLink, vocab_size: int
 ) -> list[list[int]]:
-    """Lists of ids that the model could write; it has no words with ids that it does not know."""
     if not request.params.bad_words:
         return []
     sequences = await tokenizer.encode_words(list(request.params.bad_words))
-    return [sequence for sequence in sequences if max(sequence) < vocab_size]
+    return within_vocabulary(sequences, vocab_size)

@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.structured_output import Grammar
@@ -38,6 +39,13 @@ _REFUSED_FOR_S = 30.0
 """How long a refusal is remembered. One that was near a limit may be accepted another time."""
 
 
+class _Refusal(NamedTuple):
+    """Why a language was refused, and until when that counts (monotonic time, seconds)."""
+
+    message: str
+    until: float
+
+
 class GrammarChecks:
     """Checks languages; safe to use from several threads.
 
@@ -59,28 +67,17 @@ class GrammarChecks:
         """
         setup = GrammarSetup(str(model_folder.absolute()))
         self._children = ChildPool(GRAMMARS, setup, num_processes, limits)
-        # What was found of a language: None for accepted, or the error and until when it counts.
-        self._verdicts: OrderedDict[bytes, tuple[MiniInferError, float] | None] = OrderedDict()
+        # What was found of a language: None where it was accepted.
+        self._verdicts: OrderedDict[bytes, _Refusal | None] = OrderedDict()
         self._lock = Lock()
 
     def recall(self, grammar: Grammar) -> bool:
         """Whether a language was accepted lately; takes no process.
 
         Raises:
-            MiniInferError: As it was refused lately.
+            MiniInferError: GRAMMAR_INVALID as it was refused lately.
         """
-        digest = _digest(grammar)
-        with self._lock:
-            if digest not in self._verdicts:
-                return False
-            self._verdicts.move_to_end(digest)
-            refusal = self._verdicts[digest]
-        if refusal is None:
-            return True
-        error, until = refusal
-        if time.monotonic() < until:
-            raise error
-        return False
+        return self._recall(_digest(grammar))
 
     def check(self, grammar: Grammar) -> None:
         """Tries a language. The first one also waits for a process to start: a second or two.
@@ -90,23 +87,30 @@ class GrammarChecks:
                 may, FIELD_NOT_SUPPORTED where the tokenizer cannot be matched, INVALID_FIELD where
                 the description is no Unicode, INTERNAL_ERROR where no process can be started.
         """
-        if self.recall(grammar):
+        digest = _digest(grammar)
+        if self._recall(digest):
             return
-        refusal = None
         try:
             self._children.do(grammar)
         except MiniInferError as error:
-            if error.reason is not ErrorReason.GRAMMAR_INVALID:
-                raise
-            refusal = error
-        self._remember(grammar, refusal)
-        if refusal is not None:
-            raise refusal
+            if error.reason is ErrorReason.GRAMMAR_INVALID:
+                self._remember(digest, _Refusal(error.message, time.monotonic() + _REFUSED_FOR_S))
+            raise
+        self._remember(digest, None)
 
-    def _remember(self, grammar: Grammar, refusal: MiniInferError | None) -> None:
-        until = time.monotonic() + _REFUSED_FOR_S
+    def _recall(self, digest: bytes) -> bool:
         with self._lock:
-            self._verdicts[_digest(grammar)] = None if refusal is None else (refusal, until)
+            if digest not in self._verdicts:
+                return False
+            self._verdicts.move_to_end(digest)
+            refusal = self._verdicts[digest]
+        if refusal is not None and time.monotonic() < refusal.until:
+            raise MiniInferError(ErrorReason.GRAMMAR_INVALID, refusal.message)
+        return refusal is None
+
+    def _remember(self, digest: bytes, verdict: _Refusal | None) -> None:
+        with self._lock:
+            self._verdicts[digest] = verdict
             if len(self._verdicts) > _MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
 
