@@ -19,8 +19,9 @@ from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.build import Engine
 from mini_infer_engine.captured_decode import CapturedDecode
-from mini_infer_engine.input_buffers import ModelInputs
+from mini_infer_engine.layers.attention import AttentionInputs
 from mini_infer_engine.limits import SchedulerLimits
+from mini_infer_engine.model_inputs import ModelInputs
 from mini_infer_engine.model_runner import Forward
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import StreamKey
@@ -56,7 +57,7 @@ class KeepsLogits:
         self._forward = forward
         self.logits = torch.empty(0)
 
-    def __call__(self, inputs: ModelInputs) -> torch.Tensor:
+    def __call__(self, inputs: ModelInputs[AttentionInputs]) -> torch.Tensor:
         self.logits = self._forward(replace(inputs, sampled_tokens=None))
         sampled = inputs.sampled_tokens
         return self.logits if sampled is None else self.logits.index_select(0, sampled)
@@ -159,7 +160,8 @@ def _rows(batch: ScheduledBatch, logits: torch.Tensor, num_known: Sequence[int])
     found = []
     sizes = batch.num_scheduled_tokens.tolist()
     starts = batch.num_computed_tokens.tolist()
-    for key, start, part in zip(batch.keys, starts, logits.split(sizes), strict=True):
+    parts = logits[: batch.num_tokens].split(sizes)  # a GPU pads steps that decode alone
+    for key, start, part in zip(batch.keys, starts, parts, strict=True):
         found.append(Rows(key.stream, start, num_known[key.stream], part))
     return found
 

@@ -23,6 +23,7 @@ class BlockContents:
         self._device = np.full((num_blocks, block_size), POISON, np.int64)
         self._to_poison: list[int] = []
         self._host = np.full((num_host_blocks, block_size), POISON, np.int64)
+        self._tables: dict[tuple[int, int], int] = {}  # as a GPU keeps them, by slot and index
 
     def poison(self, blocks: Seq[int]) -> None:
         """For `BlockPool.on_free`: nobody may read these any more but a swap that is noted down."""
@@ -39,11 +40,24 @@ class BlockContents:
             self._device[block] = self._host[host_block]
         for source, target in batch.block_copies:
             self._device[target] = self._device[source]
+        self._change_tables(batch)
         # All rows write before any reads, as in a layer.
         rows = [self._write(batch, row, sequences[key]) for row, key in enumerate(batch.keys)]
         for key, slots, tags in rows:
             held = self._device.reshape(-1)[slots].tolist()
             assert held == tags, f"stream {key.stream} reads what it has not computed"
+
+    def _change_tables(self, batch: ScheduledBatch) -> None:
+        """Takes changes of block tables in; what a step reads of them must stand in its rows."""
+        changes = list(zip(*batch.table_changes.tolist(), strict=True))
+        places = [(slot, index) for slot, index, _ in changes]
+        assert len(set(places)) == len(places), "a place of a block table changes twice"
+        self._tables |= dict(zip(places, (block for *_, block in changes), strict=True))
+        ends = batch.num_computed_tokens + batch.num_scheduled_tokens
+        for row, slot in enumerate(batch.slots.tolist()):
+            num_blocks = -(-int(ends[row]) // self._block_size)
+            kept = [self._tables[slot, index] for index in range(num_blocks)]
+            assert kept == batch.block_tables[row, :num_blocks].tolist()
 
     def room(self, batch: ScheduledBatch, sequences: dict[StreamKey, Sequence]) -> int:
         """Tokens that every sampled row's last block still has room for."""
@@ -80,6 +94,8 @@ class BlockContents:
         size = self._block_size
         slots = [int(table[position // size]) * size + position % size for position in range(end)]
         tags = tags_of(sequence, end)
+        # One that ended in the step before, when this one was launched already, lacks its token.
+        tags += [POISON] * (end - len(tags))
         self._device.reshape(-1)[slots[start:]] = tags[start:]
         return sequence.key, slots, tags
 

@@ -9,8 +9,10 @@ import torch
 from hypothesis import strategies as st
 from mini_infer_engine.batch import Ints, ScheduledBatch
 from mini_infer_engine.host_cache import HostCache
-from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
+from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import KVCache, KVCacheSpec
+from mini_infer_engine.layers.attention import AttentionInputs
+from mini_infer_engine.model_inputs import ModelInputs
 from mini_infer_engine.model_runner import ModelRunner
 from mini_infer_engine.sampling import Sampler
 from mini_infer_kernels.sampling_kernels import REFERENCE_SAMPLING
@@ -121,7 +123,7 @@ class SeesTheCache:
     def __init__(self) -> None:
         self.seen = torch.empty(0)
 
-    def __call__(self, inputs: ModelInputs) -> torch.Tensor:
+    def __call__(self, inputs: ModelInputs[AttentionInputs]) -> torch.Tensor:
         self.seen = inputs.cache.clone()
         return torch.zeros(len(inputs.token_ids), VOCAB, device=inputs.cache.device)
 

@@ -184,11 +184,11 @@ class DrawComparison:
         drawn = set()
         for _ in range(_NUM_DISTURBED):
             noise = torch.rand(1, vocab_size, generator=generator) * 2 - 1
-            tokens = sampler.sample(
+            tokens = sampler.launch(
                 logits + DISTURBANCE * noise,
                 batch.sampling,
                 lambda: served.fill_masks([sequence] if sequence.is_masked else []),
-            )
+            )()
             drawn.add(int(tokens.token_ids[0, 0]))
         return drawn
 

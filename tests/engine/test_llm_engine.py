@@ -9,7 +9,7 @@ import pytest
 from mini_infer import ConfigError, EngineConfig, InvalidRequestError, LLMEngine, MiniInferError
 from mini_infer.errors import ErrorReason
 from mini_infer.sampling_params import SamplingParams
-from mini_infer_engine.batch import FillMasks, ScheduledBatch, StepTokens
+from mini_infer_engine.batch import FillMasks, LaunchedTokens, ScheduledBatch
 
 STORY = "Once upon a time"
 
@@ -159,17 +159,17 @@ def test_an_interrupted_call_leaves_nothing_behind(
     engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, interrupt: type[BaseException]
 ) -> None:
     (expected,) = engine.generate(STORY, max_tokens=8, temperature=0)
-    run, num_runs = engine._engine.runner.run, 0
+    launch, num_runs = engine._engine.runner.launch, 0
 
-    def run_thrice(batch: ScheduledBatch, fill_masks: FillMasks) -> StepTokens:
+    def launch_thrice(batch: ScheduledBatch, fill_masks: FillMasks) -> LaunchedTokens:
         nonlocal num_runs
         num_runs += 1
         if num_runs > 3:
             raise interrupt
-        return run(batch, fill_masks)
+        return launch(batch, fill_masks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._engine.runner, "run", run_thrice)
+        patch.setattr(engine._engine.runner, "launch", launch_thrice)
         with pytest.raises(interrupt):
             engine.generate([STORY] * 4, max_tokens=50, ignore_eos=True)
     assert engine._engine.pool.num_used == 0

@@ -37,7 +37,7 @@ def new_sampler(max_num_seqs: int = 64) -> Sampler:
 
 def sample(logits: torch.Tensor, columns: SamplingColumns) -> StepTokens:
     masks = np.empty((0, 2), np.int32)
-    return new_sampler().sample(logits.clone(), columns, lambda: masks)
+    return new_sampler().launch(logits.clone(), columns, lambda: masks)()
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:
@@ -144,7 +144,9 @@ def test_penalties_count_the_prompt_and_each_step_of_the_output() -> None:
     running.add(sequence)
     for _ in range(6):
         batch = running.build(0, [], [(sequence, sequence.num_tokens)], BlockTransfers())
-        tokens = sampler.sample(logits.clone(), batch.sampling, lambda: np.empty((0, 2), np.int32))
+        tokens = sampler.launch(
+            logits.clone(), batch.sampling, lambda: np.empty((0, 2), np.int32)
+        )()
         chosen.append(int(tokens.token_ids[0, 0]))
         sequence.token_ids.append(chosen[-1])
     # By hand: 5 is in the prompt, so halved; 4 is halved and falls by 0.75 once chosen, then by
@@ -202,8 +204,8 @@ def test_masks_are_asked_for_once_and_only_where_a_row_is_masked() -> None:
     greedy: ResolvedSampling = resolved(temperature=0.0)
     columns = columns_of([greedy, greedy])
     sampler = new_sampler()
-    assert sampler.sample(logits.clone(), columns, fill).token_ids[:, 0].tolist() == [7, 7]
+    assert sampler.launch(logits.clone(), columns, fill)().token_ids[:, 0].tolist() == [7, 7]
     assert not calls
     masked = replace(columns, masked=np.array([1]))
-    assert sampler.sample(logits.clone(), masked, fill).token_ids[:, 0].tolist() == [7, 35]
+    assert sampler.launch(logits.clone(), masked, fill)().token_ids[:, 0].tolist() == [7, 35]
     assert len(calls) == 1

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from mini_infer.errors import ErrorReason, MiniInferError
 from mini_infer.messages import FinishCode
-from mini_infer_engine.batch import StepTokens
+from mini_infer_engine.batch import ScheduledBatch, StepTokens
 from mini_infer_engine.sequence import Sequence, StreamKey
 from mini_infer_engine.step_costs import StepCosts
 from mini_infer_engine.step_updates import SequenceUpdate
@@ -145,6 +145,50 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.pool.num_used == num_used, "a launched step names these blocks"
         if fails and len(tokens.statuses):
             tokens = StepTokens(tokens.token_ids, np.arange(len(tokens.statuses)) == 0)
+        for update in self.scheduler.finish_step(batch, tokens, self.now):
+            self.receive(update)
+
+    @precondition(lambda self: self.sequences)
+    @rule(
+        num_steps=st.integers(2, 20),
+        lag=st.sampled_from([0, 0, 0.25, 5]),
+        aborts=st.booleans(),
+        fails=st.booleans(),
+    )
+    def steps_ahead(self, num_steps: int, lag: float, aborts: bool, fails: bool) -> None:
+        """Steps that are scheduled, where they can be, before those before them are finished.
+
+        Deadlines may pass in between, a sequence may be aborted that both steps name, and a row
+        may come to nothing whose next token is being computed.
+        """
+        self.now += 0.25
+        batch = self.scheduler.schedule(self.now)
+        for _ in range(num_steps):
+            self.now += lag
+            ahead = self.scheduler.schedule_ahead(batch, self.now)
+            if aborts and ahead is not None:
+                aborts = False
+                num_used = self.pool.num_used
+                if self.scheduler.abort(ahead.keys[0], self.now):
+                    del self.sequences[ahead.keys[0]]
+                    assert self.pool.num_used == num_used, "launched steps name these blocks"
+            self.finish_one(batch, ahead, fails and ahead is not None)
+            fails = fails and ahead is None
+            batch = ahead or self.scheduler.schedule(self.now)
+        self.finish_one(batch, None, fails=False)
+
+    def finish_one(self, batch: ScheduledBatch, ahead: ScheduledBatch | None, fails: bool) -> None:
+        """Computes a step and takes its tokens in, one a row; `ahead` is launched already."""
+        if batch.keys:
+            launched = self.scheduler._launched[batch.step].sequences
+            self.contents.run(batch, {each.key: each for each in launched})
+        tokens = run(batch, 1)
+        if fails and len(tokens.statuses):
+            tokens = StepTokens(tokens.token_ids, np.arange(len(tokens.statuses)) == 0)
+        if ahead is not None:
+            sources = (-1 - ahead.token_ids).tolist()
+            keys = [batch.keys[batch.sampling.rows[source]] for source in sources]
+            assert keys == ahead.keys, "an unknown token is another sequence's"
         for update in self.scheduler.finish_step(batch, tokens, self.now):
             self.receive(update)
 

@@ -19,6 +19,7 @@ from mini_infer.config import bundled_model
 from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.batch import fill_no_masks
 from mini_infer_engine.sampling import Sampler
+from mini_infer_engine.token_choice import EagerChoice
 from mini_infer_engine.token_masks import mask_of, num_mask_words
 from mini_infer_kernels.reference.sampling import restricted_scores
 from mini_infer_kernels.sampling_kernels import REFERENCE_SAMPLING
@@ -188,7 +189,9 @@ def test_restricted_sets_are_those_of_the_warpers(
 ) -> None:
     for _, _, logits in texts:
         columns = columns_of([resolved(**restriction)])
-        controls = new_sampler()._controls(columns, fill_no_masks)
+        controls = EagerChoice(REFERENCE_SAMPLING, torch.device("cpu")).controls(
+            columns, fill_no_masks
+        )
         ours = restricted_scores(logits, controls, torch.tensor([0])).isfinite()
         theirs = warped(logits, restriction).isfinite()
         divided = logits.double() / restriction.get("temperature", 1.0)
@@ -204,7 +207,7 @@ def test_draws_come_from_the_warpers_sets(
     rows = [resolved(seed=seed, **restriction) for seed in range(num_draws)]
     for _, _, logits in texts[:3]:
         repeated = logits.repeat(num_draws, 1)
-        tokens = new_sampler(num_draws).sample(repeated, columns_of(rows), fill_no_masks)
+        tokens = new_sampler(num_draws).launch(repeated, columns_of(rows), fill_no_masks)()
         scores = warped(logits, restriction)[0]
         assert scores[torch.from_numpy(tokens.token_ids[:, 0])].isfinite().all()
         # All that are likely enough to come among so many.
@@ -222,7 +225,7 @@ def test_allowed_ids_suppress_all_others(
     rows = [resolved(seed=seed, temperature=temperature) for seed in range(NUM_TEXTS)]
     columns = replace(columns_of(rows), masked=np.arange(NUM_TEXTS))
     masks = np.stack([mask_of(each, num_mask_words(VOCAB)) for each in allowed])
-    tokens = new_sampler(NUM_TEXTS).sample(logits.clone(), columns, lambda: masks)
+    tokens = new_sampler(NUM_TEXTS).launch(logits.clone(), columns, lambda: masks)()
     for row, ids in enumerate(allowed):
         suppress = processors.SuppressTokensLogitsProcessor(complement(ids))
         scores = suppress(torch.zeros(1, 1, dtype=torch.long), logits[row : row + 1])[0]

@@ -15,6 +15,8 @@ from mini_infer.errors import ConfigError
 
 DEFAULT_PORT = 50051
 DEVICES = ("auto", "cpu", "cuda")
+DUMMY = "dummy"
+LOAD_FORMATS = ("safetensors", DUMMY)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 _PACKAGED_MODELS = Path(__file__).parent / "bundled_models"
@@ -68,6 +70,10 @@ class EngineConfig:
             seconds, so that none waits for ever.
         device: "auto" takes CUDA where there is one.
         dtype: Of weights and KV cache; "auto" means the checkpoint's on CUDA, float32 on a CPU.
+        load_format: "safetensors" reads the checkpoint; "dummy" draws weights from a fixed seed on
+            the device instead, for measurements of a shape of which there is only config.json.
+        enforce_eager: Whether decoding steps on CUDA run kernel by kernel in place of CUDA graphs:
+            slower, for debugging.
         num_threads: Threads of matrix products on a CPU, for the whole process. 0 leaves them
             to torch; but the engine process takes one for a small model, because gateway and
             tokenizer share the cores, and threads that wait for each other lose more than they
@@ -93,6 +99,8 @@ class EngineConfig:
     priority_ageing_s: float = 30.0
     device: str = "auto"
     dtype: str = "auto"
+    load_format: str = "safetensors"
+    enforce_eager: bool = False
     num_threads: int = 0
 
     def __post_init__(self) -> None:
@@ -117,6 +125,7 @@ class EngineConfig:
             *_below("num_threads", self.num_threads, 0),
             *_not_in("device", self.device.split(":")[0], DEVICES),
             *_not_in("dtype", self.dtype, DTYPES),
+            *_not_in("load_format", self.load_format, LOAD_FORMATS),
         ]
         if not 0 < self.gpu_memory_utilization <= 1:
             given = self.gpu_memory_utilization

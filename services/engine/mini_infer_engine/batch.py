@@ -132,11 +132,15 @@ class ScheduledBatch:
     Attributes:
         step: Its number.
         keys: [S] the rows' sequences.
-        token_ids: [T] the tokens to compute, row after row.
+        slots: [S] the rows' places in the running batch, which sequences keep while they run.
+        token_ids: [T] the tokens to compute, row after row. Of a step that was scheduled while the
+            one before was under way, -1 - i is what that one chooses for its sampled row i.
         num_scheduled_tokens: [S] how many of them belong to each row.
         num_computed_tokens: [S] tokens of the row that are in the cache before the step.
         num_turned_together: [S] see `Sequence.num_turned_together`.
         block_tables: [S, B] each row's blocks, padded with 0.
+        table_changes: [3, U] what changed of the running sequences' block tables since the step
+            before: slot, index in the table, block; no place twice.
         num_decodes: Rows at the front that have one token each.
         sampling: How to choose the next token of the rows whose last token is computed now.
         scored: Tokens of prompts whose log-probabilities are wanted.
@@ -148,11 +152,13 @@ class ScheduledBatch:
 
     step: int
     keys: list[StreamKey]
+    slots: Ints
     token_ids: Ints
     num_scheduled_tokens: Ints
     num_computed_tokens: Ints
     num_turned_together: Ints
     block_tables: Ints
+    table_changes: Ints
     num_decodes: int
     sampling: SamplingColumns
     scored: ScoredPrompts
@@ -200,11 +206,13 @@ _NO_SAMPLING = SamplingColumns(
 EMPTY_BATCH = ScheduledBatch(
     step=0,
     keys=[],
+    slots=_NO_INTS,
     token_ids=_NO_INTS,
     num_scheduled_tokens=_NO_INTS,
     num_computed_tokens=_NO_INTS,
     num_turned_together=_NO_INTS,
     block_tables=np.empty((0, 0), np.int64),
+    table_changes=np.empty((3, 0), np.int64),
     num_decodes=0,
     sampling=_NO_SAMPLING,
     scored=NO_SCORES,
@@ -243,6 +251,9 @@ class StepTokens:
     logprobs: Mapping[int, LogprobColumns] = field(default_factory=dict)
     prompt_logprobs: Mapping[int, LogprobColumns] = field(default_factory=dict)
 
+
+LaunchedTokens = Callable[[], StepTokens]
+"""A step that was launched: waits for the device and gives its tokens; to be called once."""
 
 NO_TOKENS = StepTokens(token_ids=np.empty((0, 1), np.int64), statuses=np.empty(0, np.int32))
 

@@ -7,28 +7,31 @@ from dataclasses import dataclass, replace
 import numpy as np
 import structlog
 import torch
-from mini_infer.config import EngineConfig
+from mini_infer.config import DUMMY, EngineConfig
 from mini_infer.errors import ConfigError
-from mini_infer_kernels.kernel_set import REFERENCE
-from mini_infer_kernels.sampling_kernels import REFERENCE_SAMPLING, triton_sampling
 
 from mini_infer_engine.block_pool import BlockPool
 from mini_infer_engine.build_scheduler import build_scheduler
 from mini_infer_engine.captured_decode import CAN_RECORD, CapturedDecode, captured_decode
+from mini_infer_engine.dummy_weights import draw_weights
+from mini_infer_engine.execution import (
+    Execution,
+    choose_kernels,
+    make_execution,
+    needs_rotation_lens,
+)
 from mini_infer_engine.host_cache import HostCache
 from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import KVCache, KVCacheSpec
 from mini_infer_engine.layers.backend import Backend
 from mini_infer_engine.layers.decoder import CausalLM
-from mini_infer_engine.layers.rotary import depends_on_length
 from mini_infer_engine.loader import Progress, check_weights, load_weights
 from mini_infer_engine.lone_row import LoneRow, num_lone_row_blocks
 from mini_infer_engine.memory import CacheSize, available_bytes, free_memory, size_cache
 from mini_infer_engine.merged_decode import MERGED_ROUNDS, MergedDecode
 from mini_infer_engine.model_config import ModelConfig, read_model_config
-from mini_infer_engine.model_runner import EagerForward, Forward, ModelRunner
+from mini_infer_engine.model_runner import Forward, ModelRunner
 from mini_infer_engine.models import MODELS
-from mini_infer_engine.sampling import Sampler
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.served_model import ServedModel, read_served_model
 from mini_infer_engine.step_costs import StepCoefficients
@@ -113,19 +116,12 @@ def build_engine(
     is_small = num_stored_bytes < SMALL_MODEL_BYTES
     if num_threads := config.num_threads or (is_small and small_model_threads):
         torch.set_num_threads(num_threads)
-    buffers = InputBuffers(
-        block_size=config.block_size,
-        dtype=backend.dtype,
-        device=backend.device,
-        windows=served.config.windows,
-        needs_rotation_lens=_needs_rotation_lens(served),
-    )
-    sampler = _make_sampler(config, served, backend.device)
     spec = _cache_spec(config, served, backend)
-    cache_size = _size_cache(config, served, spec, model, buffers, sampler)
+    execution = make_execution(config, served, spec, model)
+    cache_size = _size_cache(config, served, spec, model, execution)
     served = _within_cache(config, served, cache_size)
     num_rounds = min(MERGED_ROUNDS, config.block_size) if merge_decode_steps and is_small else 1
-    runner = _make_runner(served, model, buffers, sampler, cache_size, num_rounds)
+    runner = _make_runner(served, model, execution, cache_size, num_rounds)
     times = measure_step_times(runner, served.max_model_len - 1)
     return Engine(
         config=config,
@@ -178,13 +174,14 @@ def _read_model(config: EngineConfig) -> tuple[ServedModel, Backend]:
     """What the model folder says without the weights, and what they will run on."""
     device = _choose_device(config.device)
     model_config = read_model_config(config.model_folder)
-    model_config = with_stored_ties(model_config, config.model_folder)
+    if config.load_format != DUMMY:
+        model_config = with_stored_ties(model_config, config.model_folder)
     dtype_name = config.dtype
     if dtype_name == "auto":
         # A CPU multiplies float32 faster than the half-width types it would convert to and from.
         dtype_name = "float32" if device.type == "cpu" else model_config.checkpoint_dtype
     served = read_served_model(config, model_config, dtype_name)
-    return served, Backend(REFERENCE, getattr(torch, dtype_name), device)
+    return served, Backend(choose_kernels(device), getattr(torch, dtype_name), device)
 
 
 def _load_model(
@@ -194,7 +191,9 @@ def _load_model(
     make_model = MODELS[served.config.architecture]
     nowhere = replace(backend, device=torch.device("meta"))
     outline = make_model(served.config, nowhere, num_positions=1)
-    check_weights(outline, config.model_folder)
+    is_dummy = config.load_format == DUMMY
+    if not is_dummy:
+        check_weights(outline, config.model_folder)
     memory = available_bytes(backend.device)
     if outline.num_bytes > memory:
         raise ConfigError(
@@ -205,27 +204,15 @@ def _load_model(
     # Of whole blocks: merged steps go beyond a row's end, though not beyond its last block.
     num_positions = -(-served.max_model_len // config.block_size) * config.block_size
     model = make_model(served.config, backend, num_positions=num_positions)
+    if is_dummy:
+        log.warning("the weights are random numbers", load_format=DUMMY)
+        draw_weights(model.destinations())
+        return model, model.num_bytes
     return model, load_weights(model, config.model_folder, on_progress).num_bytes
 
 
-def _make_sampler(config: EngineConfig, served: ServedModel, device: torch.device) -> Sampler:
-    kernels = REFERENCE_SAMPLING
-    if device.type == "cuda":
-        try:
-            kernels = triton_sampling()
-        except ImportError:
-            log.warning("tokens are chosen without Triton's kernels, so slower: install triton")
-    return Sampler(
-        kernels,
-        vocab_size=served.config.vocab_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=served.max_model_len,
-        device=device,
-    )
-
-
-def _needs_rotation_lens(served: ServedModel) -> bool:
-    return any(depends_on_length(rope) for rope in served.config.ropes)
+def _can_record(served: ServedModel, spec: KVCacheSpec) -> bool:
+    return spec.device.type == "cpu" and CAN_RECORD and not needs_rotation_lens(served)
 
 
 def _cache_spec(config: EngineConfig, served: ServedModel, backend: Backend) -> KVCacheSpec:
@@ -244,11 +231,10 @@ def _size_cache(
     served: ServedModel,
     spec: KVCacheSpec,
     model: CausalLM,
-    buffers: InputBuffers,
-    sampler: Sampler,
+    execution: Execution,
 ) -> CacheSize:
     """Sizes the cache beside the copy of a lone row."""
-    free = free_memory(config, spec, served.max_model_len, model, buffers, sampler)
+    free = free_memory(config, spec, served.max_model_len, model, execution)
     copy_bytes = _num_lone_row_blocks(served, spec) * spec.bytes_per_block
     left = replace(free, device=free.device - copy_bytes, host=free.host - copy_bytes)
     return size_cache(config, spec, served.max_model_len, left)
@@ -256,7 +242,7 @@ def _size_cache(
 
 def _num_lone_row_blocks(served: ServedModel, spec: KVCacheSpec) -> int:
     """Room for the copy of a lone row, for models whose steps can be recorded."""
-    if spec.device.type != "cpu" or _needs_rotation_lens(served):
+    if spec.device.type != "cpu" or needs_rotation_lens(served):
         return 0
     return num_lone_row_blocks(spec, served.max_model_len)
 
@@ -264,25 +250,35 @@ def _num_lone_row_blocks(served: ServedModel, spec: KVCacheSpec) -> int:
 def _make_runner(
     served: ServedModel,
     model: CausalLM,
-    buffers: InputBuffers,
-    sampler: Sampler,
+    execution: Execution,
     cache_size: CacheSize,
     num_rounds: int,
 ) -> ModelRunner:
-    """Allocates the caches; records steps where torch can."""
+    """Allocates the caches; captures or records steps where that can be done."""
     spec = cache_size.spec
     cache = KVCache(spec, cache_size.num_blocks)
     host_cache = HostCache(spec, cache_size.num_host_blocks)
     lone_row = LoneRow(cache, _num_lone_row_blocks(served, spec))
-    forward: Forward = EagerForward(model)
-    merged = None
-    if spec.device.type == "cpu" and CAN_RECORD and not _needs_rotation_lens(served):
+    execution.capture(cache)
+    forward, merged = execution.forward, None
+    buffers = execution.buffers
+    if isinstance(buffers, InputBuffers) and _can_record(served, spec):
         try:
             forward, merged = _record(forward, cache, buffers, num_rounds)
         except Exception as error:
             log.warning("decoding steps are not recorded, so they are slower", error=repr(error))
             cache.fill([0], 0.0)
-    return ModelRunner(model, forward, cache, buffers, sampler, merged, host_cache, lone_row)
+    return ModelRunner(
+        model,
+        forward,
+        cache,
+        buffers,
+        execution.sampler,
+        merged,
+        host_cache,
+        lone_row,
+        runs_ahead=execution.runs_ahead,
+    )
 
 
 def _record(

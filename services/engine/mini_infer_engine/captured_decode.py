@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mini_infer.resolved_sampling import ResolvedSampling
@@ -24,9 +24,11 @@ from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.batch import ScheduledBatch
 from mini_infer_engine.block_manager import BlockTransfers
 from mini_infer_engine.decode_groups import MAX_DECODE_GROUPS
-from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
+from mini_infer_engine.input_buffers import GroupedInputs, InputBuffers
 from mini_infer_engine.kv_cache import KVCache
-from mini_infer_engine.layers.attention import DecodeGroup
+from mini_infer_engine.layers.attention import AttentionInputs
+from mini_infer_engine.layers.grouped_attention import DecodeGroup
+from mini_infer_engine.model_inputs import ModelInputs
 from mini_infer_engine.model_runner import Forward
 from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sequence import Sequence, StreamKey
@@ -49,14 +51,16 @@ class CapturedDecode:
         self._forward = forward
         self._recordings: dict[int, Recording] = {}
 
-    def __call__(self, inputs: ModelInputs) -> torch.Tensor:
+    def __call__(self, inputs: ModelInputs[AttentionInputs]) -> torch.Tensor:
         """Computes a batch, replaying where its kind has been captured."""
-        if inputs.attention.prefill_lens or inputs.sampled_tokens is not None:
+        grouped = cast(GroupedInputs, inputs)  # `InputBuffers` made them
+        attention = grouped.attention
+        if attention.prefill_lens or inputs.sampled_tokens is not None:
             return self._forward(inputs)
-        recording = self._recordings.get(len(inputs.attention.decode_groups))
-        return self._forward(inputs) if recording is None else recording(*_tensors(inputs))
+        recording = self._recordings.get(len(attention.decode_groups))
+        return self._forward(inputs) if recording is None else recording(*_tensors(grouped))
 
-    def capture(self, inputs: ModelInputs) -> None:
+    def capture(self, inputs: GroupedInputs) -> None:
         """Records a step of decoding rows; it is run, so it writes its slots of the cache."""
         self._recordings[len(inputs.attention.decode_groups)] = record(
             lambda *tensors: self._forward(_replaced(inputs, tensors)), _tensors(inputs)
@@ -92,7 +96,7 @@ def captured_decode(forward: Forward, cache: KVCache, buffers: InputBuffers) -> 
     return captured
 
 
-def _in_pairs(inputs: ModelInputs) -> ModelInputs:
+def _in_pairs(inputs: GroupedInputs) -> GroupedInputs:
     """Puts each two rows of a step, all of them in one group, into a group of their own."""
     (group,) = inputs.attention.decode_groups
     num_rows = inputs.attention.num_decodes
@@ -116,7 +120,7 @@ def decode_batch(num_rows: int) -> ScheduledBatch:
     return running.build(0, list(running), [], BlockTransfers())
 
 
-def _tensors(inputs: ModelInputs) -> tuple[torch.Tensor, ...]:
+def _tensors(inputs: GroupedInputs) -> tuple[torch.Tensor, ...]:
     """What differs from step to step of a kind."""
     attention = inputs.attention
     order = () if attention.decode_order is None else (attention.decode_order,)
@@ -131,7 +135,7 @@ def _tensors(inputs: ModelInputs) -> tuple[torch.Tensor, ...]:
     )
 
 
-def _replaced(inputs: ModelInputs, tensors: tuple[torch.Tensor, ...]) -> ModelInputs:
+def _replaced(inputs: GroupedInputs, tensors: tuple[torch.Tensor, ...]) -> GroupedInputs:
     """The inverse of `_tensors`."""
     rest = iter(tensors)
     token_ids, cache, positions, slot_mapping = itertools.islice(rest, 4)

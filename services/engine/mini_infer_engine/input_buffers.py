@@ -1,9 +1,11 @@
-"""A scheduled batch, integers in numpy, as the tensors that the model takes."""
+"""A scheduled batch, integers in numpy, as the tensors that torch's own operations take.
+
+`paged_inputs.py` does this for the kernels of a GPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,28 +13,13 @@ import torch
 from mini_infer_engine.batch import Ints, ScheduledBatch
 from mini_infer_engine.decode_groups import MAX_DECODE_GROUPS, group_rows
 from mini_infer_engine.kv_cache import KVCache
-from mini_infer_engine.layers.attention import AttentionInputs, DecodeGroup
+from mini_infer_engine.layers.grouped_attention import DecodeGroup, GroupedAttentionInputs
 from mini_infer_engine.lone_row import are_neighbours, lone_blocks
+from mini_infer_engine.model_inputs import ModelInputs
+
+GroupedInputs = ModelInputs[GroupedAttentionInputs]
 
 _FIRST_ROW: Ints = np.zeros(1, np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInputs:
-    """A batch on the device.
-
-    Attributes:
-        token_ids: [T] int64.
-        cache: Keys and values of all layers; slots and block tables count from its beginning.
-        attention: What the layers need.
-        sampled_tokens: [R] int64, index among the T tokens of each row that gets a next token;
-            None where all T do.
-    """
-
-    token_ids: torch.Tensor
-    cache: torch.Tensor
-    attention: AttentionInputs
-    sampled_tokens: torch.Tensor | None
 
 
 class InputBuffers:
@@ -64,13 +51,13 @@ class InputBuffers:
         # The kernels of a GPU read each row's own blocks, however many the others have.
         self._max_groups = MAX_DECODE_GROUPS if device.type == "cpu" else 1
 
-    def build(self, batch: ScheduledBatch, cache: KVCache) -> ModelInputs:
+    def build(self, batch: ScheduledBatch, cache: KVCache) -> GroupedInputs:
         """The inputs of a batch that is not empty."""
         return self.build_window(batch, cache) or self._build_paged(batch, cache)
 
     def build_window(
         self, batch: ScheduledBatch, cache: KVCache, num_rounds: int = 1
-    ) -> ModelInputs | None:
+    ) -> GroupedInputs | None:
         """The inputs of one row of one token whose blocks are neighbours: nothing is gathered.
 
         Args:
@@ -88,7 +75,7 @@ class InputBuffers:
         if end > len(blocks) * self._block_size:
             return None
         position = self._to_device(batch.num_computed_tokens)
-        attention = AttentionInputs(
+        attention = GroupedAttentionInputs(
             positions=position,
             rotation_lens=self._rotation_lens(batch, batch.num_computed_tokens, _FIRST_ROW),
             slot_mapping=position,
@@ -106,7 +93,7 @@ class InputBuffers:
             sampled_tokens=None,
         )
 
-    def _build_paged(self, batch: ScheduledBatch, cache: KVCache) -> ModelInputs:
+    def _build_paged(self, batch: ScheduledBatch, cache: KVCache) -> GroupedInputs:
         starts, lengths = batch.num_computed_tokens, batch.num_scheduled_tokens
         ends = np.cumsum(lengths)
         # [T] each token's row and position
@@ -119,7 +106,7 @@ class InputBuffers:
         contexts = starts + lengths
         split = batch.num_decodes
         groups = group_rows(-(-contexts[:split] // self._block_size), self._max_groups)
-        attention = AttentionInputs(
+        attention = GroupedAttentionInputs(
             positions=self._to_device(positions),
             rotation_lens=self._rotation_lens(batch, positions, rows),
             slot_mapping=self._to_device(slots),

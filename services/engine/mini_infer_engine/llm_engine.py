@@ -13,8 +13,7 @@ import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -35,7 +34,9 @@ from mini_infer_engine.build import Engine, build_engine
 from mini_infer_engine.generation import Generation, GenerationOutput
 from mini_infer_engine.loader import Progress
 from mini_infer_engine.model_config import read_model_config
+from mini_infer_engine.pipeline import StepPipeline
 from mini_infer_engine.sequence import StreamKey
+from mini_infer_engine.step_updates import SequenceUpdate
 
 _STALLED_WAIT_S = 1e-3
 """Between looks at sequences whose languages are being compiled, with nothing else to run."""
@@ -231,24 +232,36 @@ class LLMEngine:
         return [generation.output for group in groups for generation in group]
 
     def _run(self, groups: Sequence[Sequence[Generation]]) -> None:
-        scheduler, runner = self._engine.scheduler, self._engine.runner
+        engine = self._engine
+        scheduler = engine.scheduler
+        pipeline = StepPipeline(scheduler, engine.runner, engine.served.fill_masks)
         running = {each.sequence.key: each for group in groups for each in group}
         unsent = deque([each.sequence for each in group] for group in groups)
-        while running:
+        updates: Iterable[SequenceUpdate] = ()
+        while running or not pipeline.is_idle:
             while unsent and scheduler.has_room(unsent[0]):
                 scheduler.add(*unsent.popleft(), now=time.monotonic())
-            batch = scheduler.schedule(time.monotonic())
-            masked = scheduler.masked_sequences(batch)
-            tokens = runner.run(batch, partial(self._engine.served.fill_masks, masked))
-            now = time.monotonic()
-            if batch.is_empty:
+            step = pipeline.launch()
+            self._receive(updates, running)  # while the device is at the next step
+            updates = pipeline.finish(step).updates
+            if step.batch.is_empty:
                 time.sleep(_STALLED_WAIT_S)
-            for update in scheduler.finish_step(batch, tokens, now):
-                generation = running[update.key]
-                generation.receive(update)
-                if generation.output.finish_reason:
-                    scheduler.abort(update.key, now)  # a stop string is seen here alone
-                    del running[update.key]
+            if pipeline.is_idle:
+                self._receive(updates, running)
+                updates = ()
+
+    def _receive(
+        self, updates: Iterable[SequenceUpdate], running: dict[StreamKey, Generation]
+    ) -> None:
+        """Takes in what a step did; a stop string is seen here alone, and ends its sequence."""
+        for update in updates:
+            generation = running.get(update.key)
+            if generation is None:  # its stop string was in the step before
+                continue
+            generation.receive(update)
+            if generation.output.finish_reason:
+                self._engine.scheduler.abort(update.key, time.monotonic())
+                del running[update.key]
 
     def _begin(
         self,

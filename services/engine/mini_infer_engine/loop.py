@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from functools import partial
-from typing import Protocol
 
 from mini_infer.errors import MiniInferError
 from mini_infer.messages import ENGINE_BEAT_INTERVAL_S, NO_BUDGET, EngineBeat
 
-from mini_infer_engine.batch import FillMasks, ScheduledBatch, StepTokens
+from mini_infer_engine.batch import ScheduledBatch
 from mini_infer_engine.inbox import AbortStreams, AddStream, Command, Inbox, KeepOnly, SocketFailed
 from mini_infer_engine.outbox import Outbox
+from mini_infer_engine.pipeline import FinishedBatch, Runner, StepPipeline
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.sequence import StreamKey
 from mini_infer_engine.served_model import ServedModel
@@ -20,19 +19,6 @@ _STALLED_WAIT_S = 0.002
 """Between looks at sequences that wait for their languages to be compiled, with nothing to run."""
 MAX_ANNOUNCED_MS = 60_000.0
 """A process that was stopped for a while must not announce that each token takes as long."""
-
-
-class Runner(Protocol):
-    """What the loop asks of whatever makes tokens."""
-
-    def run(self, batch: ScheduledBatch, fill_masks: FillMasks) -> StepTokens:
-        """Computes a batch, which may be empty, and chooses the next tokens.
-
-        Args:
-            batch: The step.
-            fill_masks: Gives the masks of its rows; called at most once, and as late as can be.
-        """
-        ...
 
 
 class StepTimer:
@@ -80,13 +66,14 @@ class EngineLoop:
         """
         self._served = served
         self._scheduler = scheduler
-        self._runner = runner
+        self._pipeline = StepPipeline(scheduler, runner, served.fill_masks)
         self._inbox = inbox
         self._outbox = outbox
         self._epoch = epoch
         self._timer = StepTimer(seconds_per_token)
         self._last_beat = 0.0
         self._stopping = False
+        self._unpublished: FinishedBatch | None = None
         self.num_unknown_streams = 0
 
     def run(self) -> None:
@@ -99,25 +86,27 @@ class EngineLoop:
         while not self._stopping:
             for command in self._inbox.drain(wait_s):
                 self._apply(command)
-            batch = self._scheduler.schedule(time.monotonic())
-            self._beat(batch)
-            started = time.monotonic()
-            masked = self._scheduler.masked_sequences(batch)
-            tokens = self._runner.run(batch, partial(self._served.fill_masks, masked))
-            finished = time.monotonic()
-            self._timer.note(batch.num_tokens, finished - started)
-            updates = self._scheduler.finish_step(batch, tokens, finished)
-            self._outbox.publish(batch.step, updates)
-            wait_s = _STALLED_WAIT_S if batch.is_empty else 0.0
-            if self._scheduler.is_idle:
+            step = self._pipeline.launch(self._beat)
+            self._publish()  # what the step before chose, while the device is at this one
+            self._unpublished = finished = self._pipeline.finish(step)
+            self._timer.note(finished.batch.num_tokens, finished.seconds)
+            wait_s = _STALLED_WAIT_S if finished.batch.is_empty else 0.0
+            if self._pipeline.is_idle:
+                self._publish()
                 wait_s = ENGINE_BEAT_INTERVAL_S
-                if not batch.is_empty:
+                if not finished.batch.is_empty:
                     self._announce(time.monotonic(), 0.0)  # that all is free again
+        self._publish()
 
     def stop(self) -> None:
         """Ends `run` after the step under way; also from a signal handler."""
         self._stopping = True
         self._inbox.wake()
+
+    def _publish(self) -> None:
+        if self._unpublished is not None:
+            self._outbox.publish(self._unpublished.batch.step, self._unpublished.updates)
+            self._unpublished = None
 
     def _apply(self, command: Command) -> None:
         match command:

@@ -11,11 +11,10 @@ from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
 from mini_infer.logprobs import MAX_LOGPROBS
 
-from mini_infer_engine.input_buffers import InputBuffers
+from mini_infer_engine.execution import Execution
 from mini_infer_engine.kv_cache import STAGING_BYTES, KVCache, KVCacheSpec
 from mini_infer_engine.layers.decoder import CausalLM
-from mini_infer_engine.model_runner import EagerForward, ModelRunner
-from mini_infer_engine.sampling import Sampler
+from mini_infer_engine.model_runner import ModelRunner
 from mini_infer_engine.trial_run import largest_prompts, num_trial_blocks, trial_batch
 
 GIB = 2**30
@@ -138,8 +137,7 @@ def free_memory(
     spec: KVCacheSpec,
     max_model_len: int,
     model: CausalLM,
-    buffers: InputBuffers,
-    sampler: Sampler,
+    execution: Execution,
 ) -> FreeMemory:
     """Finds out what the cache may take, on CUDA by running the largest batch.
 
@@ -148,15 +146,14 @@ def free_memory(
         spec: Shape of the cache.
         max_model_len: Tokens of the longest sequence.
         model: With its weights.
-        buffers: Makes the inputs of the batch.
-        sampler: Chooses its tokens.
+        execution: What computes the batch.
     """
     if spec.device.type == "cpu":
         cache_bytes = int(min(config.cpu_kv_cache_gib * GIB, 2**62))  # too much is refused later
     elif config.kv_cache_tokens is not None:
         cache_bytes = config.kv_cache_tokens // spec.block_size * spec.bytes_per_block
     else:
-        cache_bytes = _free_cuda_bytes(config, spec, max_model_len, model, buffers, sampler)
+        cache_bytes = _free_cuda_bytes(config, spec, max_model_len, model, execution)
     host = available_bytes(torch.device("cpu"))
     return FreeMemory(cache=cache_bytes, device=available_bytes(spec.device), host=host)
 
@@ -176,15 +173,14 @@ def _free_cuda_bytes(
     spec: KVCacheSpec,
     max_model_len: int,
     model: CausalLM,
-    buffers: InputBuffers,
-    sampler: Sampler,
+    execution: Execution,
 ) -> int:
     """Memory left for the cache, after running the largest batch to see what it takes."""
     prompt_lens = largest_prompts(
         config.max_num_seqs, config.max_num_batched_tokens, max_model_len - 1
     )
     cache = KVCache(spec, num_trial_blocks(prompt_lens, spec.block_size))
-    runner = ModelRunner(model, EagerForward(model), cache, buffers, sampler)
+    runner = ModelRunner(model, execution.forward, cache, execution.buffers, execution.sampler)
     torch.cuda.synchronize(spec.device)
     before = torch.cuda.memory_allocated(spec.device)
     torch.cuda.reset_peak_memory_stats(spec.device)

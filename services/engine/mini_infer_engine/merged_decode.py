@@ -16,8 +16,9 @@ import torch
 
 from mini_infer_engine.batch import RowStatus, ScheduledBatch, StepTokens
 from mini_infer_engine.captured_decode import decode_batch, record
-from mini_infer_engine.input_buffers import InputBuffers, ModelInputs
+from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import KVCache
+from mini_infer_engine.model_inputs import ModelInputs
 from mini_infer_engine.model_runner import Forward
 
 MERGED_ROUNDS = 4

@@ -199,11 +199,12 @@ def read_model_config(folder: Path) -> ModelConfig:
     return config
 
 
-def model_fingerprint(folder: Path) -> str:
+def model_fingerprint(folder: Path, *, has_weights: bool = True) -> str:
     """Tells models apart without reading their weights.
 
     Args:
         folder: A model folder.
+        has_weights: Whether its weights are used.
 
     Returns:
         Hexadecimal SHA-256 of config.json and of each weight file's name, size and header.
@@ -213,7 +214,7 @@ def model_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     parts = [read_bytes(folder / CONFIG_FILE, MAX_JSON_BYTES)]
-    for path in weight_files(folder):
+    for path in weight_files(folder) if has_weights else []:
         header, size = read_header_bytes(path)
         parts += [path.name.encode(), str(size).encode(), header]
     for part in parts:

@@ -11,27 +11,24 @@ Log-probabilities are of the model's own distribution, before all of that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from mini_infer.logprobs import LogprobColumns
-from mini_infer_kernels.sampling_kernels import (
-    DrawControls,
-    SamplingKernels,
-    TokenCounts,
-)
+from mini_infer_kernels.sampling_kernels import SamplingKernels, TokenCounts
 from numpy.typing import NDArray
 
 from mini_infer_engine.batch import (
     FillMasks,
     Ints,
-    RowStatus,
+    LaunchedTokens,
     SamplingColumns,
     ScoredPrompts,
     StepTokens,
     TokenHistory,
 )
+from mini_infer_engine.token_choice import EagerChoice, LaunchedIds, TokenChoice
 
 _SCORED_AT_ONCE = 128
 """Tokens of prompts whose logits are held at a time."""
@@ -48,6 +45,7 @@ class Sampler:
         max_num_seqs: int,
         max_model_len: int,
         device: torch.device,
+        choice: TokenChoice | None = None,
     ) -> None:
         """Makes room to count tokens.
 
@@ -57,8 +55,10 @@ class Sampler:
             max_num_seqs: Slots.
             max_model_len: Tokens of a sequence at most.
             device: Of the logits.
+            choice: Chooses at the end; without it, operation by operation.
         """
         self._kernels = kernels
+        self._choice = choice or EagerChoice(kernels, device)
         self._vocab_size = vocab_size
         self._max_num_seqs = max_num_seqs
         self._max_distinct = min(vocab_size, max_model_len)
@@ -70,10 +70,10 @@ class Sampler:
     def _counts(self) -> TokenCounts:
         return TokenCounts(self._max_num_seqs, self._vocab_size, self._max_distinct, self._device)
 
-    def sample(
+    def launch(
         self, logits: torch.Tensor, columns: SamplingColumns, fill_masks: FillMasks
-    ) -> StepTokens:
-        """Chooses a token per row.
+    ) -> LaunchedTokens:
+        """Launches the choice of a token per row.
 
         Args:
             logits: [R, vocab_size] float32; changed in place.
@@ -82,24 +82,28 @@ class Sampler:
                 computing the logits.
         """
         if columns.is_plain:
-            return _likeliest(logits)
+            return partial(self._told, self._choice.likeliest(logits))
         wanted = np.flatnonzero(columns.num_logprobs >= 0)
         own = logits.index_select(0, self._tensor(wanted)) if len(wanted) else None
         self._change(logits, columns)
-        token_ids, statuses = self._kernels.choose_tokens(
-            logits, self._controls(columns, fill_masks)
-        )
-        logprobs = {}
-        if own is not None:
-            chosen = token_ids.index_select(0, self._tensor(wanted))
-            num_top = columns.num_logprobs[wanted]
-            scores = self._scores(own, chosen, int(num_top.max()))
-            logprobs = dict(
-                zip(wanted.tolist(), _packed(scores, np.ones_like(wanted), num_top), strict=True)
-            )
-        return StepTokens(
-            token_ids.numpy(force=True)[:, None], statuses.numpy(force=True), logprobs
-        )
+        chosen = self._choice.draw(logits, columns, fill_masks)
+        if own is None:
+            return partial(self._told, chosen)
+        return partial(self._told_with_logprobs, chosen, own, wanted, columns.num_logprobs[wanted])
+
+    def _told(self, chosen: LaunchedIds) -> StepTokens:
+        token_ids, statuses = chosen()
+        return StepTokens(token_ids[:, None], statuses)
+
+    def _told_with_logprobs(
+        self, chosen: LaunchedIds, own: torch.Tensor, wanted: Ints, num_top: Ints
+    ) -> StepTokens:
+        """With the log-probabilities of the rows that want them, from their own logits."""
+        token_ids, statuses = chosen()
+        scores = self._scores(own, self._tensor(token_ids[wanted]), int(num_top.max()))
+        packed = _packed(scores, np.ones_like(wanted), num_top)
+        logprobs = dict(zip(wanted.tolist(), packed, strict=True))
+        return StepTokens(token_ids[:, None], statuses, logprobs)
 
     def score_prompts(
         self,
@@ -156,49 +160,12 @@ class Sampler:
             slots, ids = self._tensors(history.slots, history.token_ids)
             self._kernels.count_tokens(self._counts, slots, ids, self._tensor(history.is_output))
 
-    def _controls(self, columns: SamplingColumns, fill_masks: FillMasks) -> DrawControls:
-        mask_indices = np.full(len(columns.rows), -1, np.int32)
-        mask_indices[columns.masked] = np.arange(len(columns.masked))
-        temperatures, top_ps, min_ps, typical_ps = self._tensors(
-            columns.temperatures, columns.top_ps, columns.min_ps, columns.typical_ps
-        )
-        top_ks, mask_rows = self._tensors(columns.top_ks.astype(np.int32), mask_indices)
-        seeds, positions = self._tensors(columns.seeds.view(np.int64), columns.positions)
-        # Last, since the device may compute the logits until then.
-        masks = fill_masks() if len(columns.masked) else np.empty((0, 0), np.int32)
-        return DrawControls(
-            temperatures=temperatures,
-            top_ks=top_ks,
-            top_ps=top_ps,
-            min_ps=min_ps,
-            typical_ps=typical_ps,
-            seeds=seeds,
-            positions=positions,
-            mask_indices=mask_rows,
-            masks=self._tensor(masks),
-        )
-
     def _tensor(self, values: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
     def _tensors(self, *columns: NDArray[np.generic]) -> tuple[torch.Tensor, ...]:
         """Columns of one length and type, which take one copy together."""
         return self._tensor(np.stack(columns)).unbind()
-
-
-def _likeliest(logits: torch.Tensor) -> StepTokens:
-    """The likeliest token of each row, of rows that ask for nothing else."""
-    if logits.is_cuda:
-        best, chosen = logits.max(-1)
-        greatest, ids = best.numpy(force=True), chosen.numpy(force=True)
-    else:  # numpy searches several times as fast
-        scores = logits.numpy()
-        ids = scores.argmax(-1)
-        greatest = scores[np.arange(len(ids)), ids]
-    # NaN is above all
-    statuses = np.where(np.isfinite(greatest), RowStatus.OK, RowStatus.NON_FINITE)
-    statuses[greatest == -np.inf] = RowStatus.NOTHING_ALLOWED
-    return StepTokens(ids[:, None], statuses.astype(np.int32))
 
 
 def _packed(

@@ -35,6 +35,7 @@ class SamplingSlots:
         # Output positions below which a sequence's rules change logits.
         self._bias_ends = np.zeros(max_num_seqs, np.int64)
         self._is_masked = np.zeros(max_num_seqs, np.bool_)
+        self._needs_tokens = np.zeros(max_num_seqs, np.bool_)
 
     def put(self, slot: int, sequence: Sequence) -> None:
         """Gives a slot to a sequence, of which nothing is counted there yet."""
@@ -52,6 +53,13 @@ class SamplingSlots:
         self._has_penalties[slot] = sampling.has_penalties
         self._bias_ends[slot] = 0 if sequence.bias is None else sequence.bias.end
         self._is_masked[slot] = sequence.is_masked
+        # What comes next depends on the token before, or is read off the logits on the host.
+        self._needs_tokens[slot] = (
+            sampling.has_penalties
+            or sequence.is_masked
+            or sequence.may_turn
+            or sampling.num_logprobs != NO_LOGPROBS
+        )
         sequence.num_counted_tokens = 0
 
     def columns(
@@ -87,6 +95,16 @@ class SamplingSlots:
             masked=self._is_masked[slots].nonzero()[0],
             history=self._history(sequences, rows, slots),
         )
+
+    def need_tokens(self, slots: Ints, positions: Ints) -> bool:
+        """Whether rows choose by tokens that were chosen before.
+
+        Args:
+            slots: [R] of their sequences.
+            positions: [R] output positions of the tokens to choose.
+        """
+        needed = self._needs_tokens[slots] | (positions < self._bias_ends[slots])
+        return bool(needed.any())
 
     def _history(self, sequences: Seq[Sequence], rows: Ints, slots: Ints) -> TokenHistory:
         """The tokens that are new since a slot's last step, of sequences with penalties."""

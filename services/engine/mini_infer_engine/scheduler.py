@@ -31,6 +31,7 @@ from mini_infer_engine.limits import SchedulerLimits, StepBudget
 from mini_infer_engine.preemption import Preemption
 from mini_infer_engine.prompt_scores import tell_prompt_scores
 from mini_infer_engine.row_problem import row_problem
+from mini_infer_engine.run_ahead import RunAhead
 from mini_infer_engine.running_batch import RunningBatch
 from mini_infer_engine.sequence import Sequence, SequenceStatus, StreamKey
 from mini_infer_engine.step_costs import StepCosts
@@ -69,11 +70,13 @@ class Scheduler:
             limits, costs, self._budget, blocks, self._waiting, self._running
         )
         self._preemption = Preemption(blocks, costs, self._running, self._waiting)
+        self._run_ahead = RunAhead(blocks, self._waiting, self._running)
         self._deadlines: Alarms[StreamKey] = Alarms()
         self._launched: dict[int, LaunchedStep] = {}
         self._updates = StepUpdates()  # of sequences that ended outside of a step
         self._num_arrivals = 0
         self._num_watermark_blocks = math.ceil(limits.kv_watermark * blocks.pool.num_blocks)
+        self._last_finished = -math.inf
         self.num_steps = 0
         self.tally = Tally()
 
@@ -180,6 +183,31 @@ class Scheduler:
         self._launched[self.num_steps] = plan.launch(transfers.num_swapped, now)
         return self._running.build(self.num_steps, plan.decodes, plan.prefills, transfers)
 
+    def schedule_ahead(self, under_way: ScheduledBatch, now: float) -> ScheduledBatch | None:
+        """The step behind one whose tokens are not known yet (`run_ahead.py`).
+
+        Until both are finished, `finish_step` in their order, only this may schedule another.
+
+        Args:
+            under_way: The only step that is launched and not finished.
+            now: Monotonic time; sequences whose deadline has passed end first.
+
+        Returns:
+            None where it has to wait for the tokens: finish the step and `schedule`.
+        """
+        self._expire(now)
+        self._waiting.promote(now)
+        if under_way.is_empty:
+            return None
+        going_on = self._run_ahead.plan(self._launched[under_way.step], under_way)
+        if going_on is None:
+            return None
+        self.num_steps += 1
+        transfers = self.blocks.take_transfers()
+        plan = StepPlan(going_on.sequences)
+        self._launched[self.num_steps] = plan.launch(transfers.num_swapped, now)
+        return self._running.build_ahead(self.num_steps, *going_on, transfers)
+
     def masked_sequences(self, batch: ScheduledBatch) -> list[Sequence]:
         """Those of a launched step that choose from a set of ids, as `sampling.masked` has them."""
         if batch.is_empty:
@@ -203,7 +231,9 @@ class Scheduler:
             return updates
         step = self._launched.pop(batch.step)
         self.tally.num_prefill_tokens += step.work.num_prefill_tokens
-        self.costs.note(work=step.work, seconds=now - step.started)
+        # One that was scheduled ahead began when the one before it ended.
+        self.costs.note(work=step.work, seconds=now - max(step.started, self._last_finished))
+        self._last_finished = now
         tell_prompt_scores(step, batch, tokens, updates)
         sampled = batch.sampling.rows.tolist()
         chosen = dict(zip(sampled, tokens.token_ids.tolist(), strict=True))

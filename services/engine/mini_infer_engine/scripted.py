@@ -10,6 +10,7 @@ stands before the engine use it, since what it must deliver is known in advance.
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,14 @@ from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
 from mini_infer.model_folder import MAX_TOKENIZER_BYTES, TOKENIZER_FILE, read_json_object
 
-from mini_infer_engine.batch import NO_TOKENS, FillMasks, ScheduledBatch, StepTokens, fill_no_masks
+from mini_infer_engine.batch import (
+    NO_TOKENS,
+    FillMasks,
+    LaunchedTokens,
+    ScheduledBatch,
+    StepTokens,
+    fill_no_masks,
+)
 from mini_infer_engine.build_scheduler import build_scheduler
 from mini_infer_engine.model_config import read_model_config
 from mini_infer_engine.served_model import read_served_model
@@ -51,7 +59,13 @@ def ordinary_token_ids(folder: Path) -> list[int]:
 
 
 class ScriptedRunner:
-    """Makes `scripted_token`s, a fixed number a row, each step taking the same time."""
+    """Makes `scripted_token`s, a fixed number a row, each step taking the same time.
+
+    Attributes:
+        runs_ahead: Never: a step takes its time while it is waited for.
+    """
+
+    runs_ahead = False
 
     def __init__(self, ordinary_ids: list[int], step_s: float, tokens_per_row: int) -> None:
         """Makes a runner.
@@ -65,8 +79,13 @@ class ScriptedRunner:
         self._step_s = step_s
         self._tokens_per_row = tokens_per_row
 
-    def run(self, batch: ScheduledBatch, fill_masks: FillMasks = fill_no_masks) -> StepTokens:
-        """Waits for the step's time and gives its tokens, whatever the rows ask for."""
+    def launch(
+        self, batch: ScheduledBatch, fill_masks: FillMasks = fill_no_masks
+    ) -> LaunchedTokens:
+        """A step that waits for its time and gives its tokens, whatever the rows ask for."""
+        return partial(self._run, batch)
+
+    def _run(self, batch: ScheduledBatch) -> StepTokens:
         if batch.is_empty:
             return NO_TOKENS
         time.sleep(self._step_s)

@@ -268,6 +268,11 @@ class Sequence:
         return self.grammar is not None or self.allowed_mask is not None
 
     @property
+    def may_turn(self) -> bool:
+        """Whether all of its tokens are turned anew where it grows over some length."""
+        return self._turning_point is not None
+
+    @property
     def is_ready(self) -> bool:
         """Whether it can join: its language is compiled, and the prompt that it shares is there."""
         has_grammar = self.grammar is None or self.grammar.is_ready

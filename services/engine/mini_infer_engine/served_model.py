@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from mini_infer.config import EngineConfig
+from mini_infer.config import DUMMY, EngineConfig
 from mini_infer.errors import ConfigError, ErrorReason, MiniInferError
 from mini_infer.messages import PROTOCOL_VERSION, EngineWelcome
 from mini_infer.model_folder import tokenizer_hash
@@ -184,7 +184,7 @@ def read_served_model(config: EngineConfig, model_config: ModelConfig, dtype: st
         defaults=read_generation_defaults(folder),
         max_model_len=config.max_model_len or longest,
         dtype=dtype,
-        fingerprint=model_fingerprint(folder),
+        fingerprint=model_fingerprint(folder, has_weights=config.load_format != DUMMY),
         tokenizer_hash=tokenizer_hash(folder),
         grammars=Grammars(folder, model_config.vocab_size, model_config.eos_token_ids),
     )

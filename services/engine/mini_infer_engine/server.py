@@ -15,8 +15,9 @@ from mini_infer.config import EngineConfig
 
 from mini_infer_engine.gateway_sessions import GatewaySessions
 from mini_infer_engine.inbox import Inbox
-from mini_infer_engine.loop import EngineLoop, Runner
+from mini_infer_engine.loop import EngineLoop
 from mini_infer_engine.outbox import Outbox
+from mini_infer_engine.pipeline import Runner
 from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.served_model import ServedModel
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
-from torch.nn import functional
+from mini_infer_kernels.kernel_set import KernelSet
 
 from mini_infer_engine.layers.attention import AttentionInputs
 from mini_infer_engine.layers.backend import Backend
@@ -55,11 +55,15 @@ class CausalLM:
     Attributes:
         layer_class: Kind of layer.
         norm_class: Kind of the norm behind the last layer.
-        embedding_scale: Factor of the embeddings for a width of the residual stream.
     """
 
     layer_class: ClassVar[type[DecoderLayer]]
     norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+
+    @property
+    def embedding_scale(self) -> float | None:
+        """Factor of the embeddings."""
+        return None
 
     def __init__(self, config: ModelConfig, backend: Backend, *, num_positions: int) -> None:
         """Allocates the weights, uninitialised; a loader fills `destinations()`.
@@ -70,6 +74,7 @@ class CausalLM:
             num_positions: Positions that may come.
         """
         self._config = config
+        self._backend = backend
         self._embedding = backend.empty(config.vocab_size, config.hidden_size)
         tied = config.tie_word_embeddings
         self._lm_head = self._embedding if tied else torch.empty_like(self._embedding)
@@ -94,6 +99,7 @@ class CausalLM:
         Returns:
             [T, hidden_size], normalized: what `logits` takes.
         """
+        inputs.prepare()
         rotations = [rope.at(inputs.positions, inputs.rotation_lens) for rope in self._ropes]
         residual = self.embed(token_ids)
         for layer, layer_cache in zip(self._layers, cache.unbind(), strict=True):
@@ -102,13 +108,13 @@ class CausalLM:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """What the residual stream begins with: [T] to [T, hidden_size]."""
-        return functional.embedding(token_ids, self._embedding)
+        return self._backend.kernels.embedding(token_ids, self._embedding, self.embedding_scale)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores of the next token: [R, hidden_size] to [R, vocab_size] float32."""
-        logits = functional.linear(hidden, self._lm_head).float()
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores of the next token: [R, hidden_size] to [R, vocab_size] float32, perhaps `out`."""
+        logits = self._backend.float32_product(hidden, self._lm_head, out)
         cap = self._config.logit_softcap
-        return logits if cap is None else (logits / cap).tanh_().mul_(cap)
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def destinations(self) -> dict[str, torch.Tensor]:
         """Where each checkpoint tensor goes."""
@@ -120,6 +126,16 @@ class CausalLM:
             for name, tensor in layer.destinations().items():
                 found[f"model.layers.{index}.{name}"] = tensor
         return found
+
+    @property
+    def kernels(self) -> KernelSet:
+        """What computes it."""
+        return self._backend.kernels
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._backend.device
 
     @property
     def num_bytes(self) -> int:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from mini_infer_engine.layers.backend import Backend
 
 
 class RMSNorm:
-    """Normalizes rows: Llama's form, which multiplies by the weight in the model's data type."""
+    """Normalizes rows: Llama's form, which multiplies by the weight in the model's data type.
 
-    __slots__ = ("_apply", "_eps", "_weight")
+    Attributes:
+        weight: [size].
+        eps: Added to the mean square.
+        is_gemma: Whether it is Gemma's form.
+    """
+
+    __slots__ = ("_apply", "eps", "weight")
+
+    is_gemma: ClassVar[bool] = False
 
     def __init__(self, size: int, eps: float, backend: Backend) -> None:
         """Allocates the weight, uninitialised.
@@ -20,17 +30,18 @@ class RMSNorm:
             eps: Added to the mean square.
             backend: Where it lies and what computes it.
         """
-        self._apply = backend.kernels.rmsnorm
-        self._eps = eps
-        self._weight = backend.empty(size)
+        kernels = backend.kernels
+        self._apply = kernels.gemma_rmsnorm if self.is_gemma else kernels.rmsnorm
+        self.eps = eps
+        self.weight = backend.empty(size)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Normalizes [..., size]."""
-        return self._apply(x, self._weight, self._eps)
+        return self._apply(x, self.weight, self.eps)
 
     def destinations(self, name: str) -> dict[str, torch.Tensor]:
         """Where the checkpoint tensor of this norm goes."""
-        return {f"{name}.weight": self._weight}
+        return {f"{name}.weight": self.weight}
 
 
 class GemmaRMSNorm(RMSNorm):
@@ -38,7 +49,4 @@ class GemmaRMSNorm(RMSNorm):
 
     __slots__ = ()
 
-    def __init__(self, size: int, eps: float, backend: Backend) -> None:
-        """As `RMSNorm`."""
-        super().__init__(size, eps, backend)
-        self._apply = backend.kernels.gemma_rmsnorm
+    is_gemma = True

@@ -8,6 +8,7 @@ Source: Gemma Team, "Gemma 2", 2024.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -49,9 +50,9 @@ class Gemma2Layer:
         inputs: AttentionInputs,
     ) -> torch.Tensor:
         """As `DecoderLayer.__call__`."""
-        attended = self.attention(self.input_norm(residual), rotations, cache, inputs)
+        attended = self.attention(residual, self.input_norm, rotations, cache, inputs)
         residual = residual + self.post_attention_norm(self.attention.output(attended))
-        activated = self.feed_forward(self.pre_feed_forward_norm(residual))
+        activated = self.feed_forward(residual, self.pre_feed_forward_norm)
         return residual + self.post_feed_forward_norm(self.feed_forward.down(activated))
 
     def destinations(self) -> dict[str, torch.Tensor]:
@@ -72,8 +73,7 @@ class Gemma2ForCausalLM(CausalLM):
     layer_class = Gemma2Layer
     norm_class = GemmaRMSNorm
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings times sqrt(hidden_size), a factor rounded to the model's data type."""
-        embedded = super().embed(token_ids)
-        factor = torch.tensor(self._config.hidden_size**0.5, dtype=embedded.dtype)
-        return embedded.mul_(float(factor))
+    @property
+    def embedding_scale(self) -> float:
+        """The square root of the hidden size."""
+        return math.sqrt(self._config.hidden_size)

@@ -44,9 +44,9 @@ class LlamaLayer:
         inputs: AttentionInputs,
     ) -> torch.Tensor:
         """As `DecoderLayer.__call__`."""
-        attended = self.attention(self.input_norm(residual), rotations, cache, inputs)
+        attended = self.attention(residual, self.input_norm, rotations, cache, inputs)
         residual = self.attention.output.add_to_(residual, attended)
-        activated = self.feed_forward(self.post_attention_norm(residual))
+        activated = self.feed_forward(residual, self.post_attention_norm)
         return self.feed_forward.down.add_to_(residual, activated)
 
     def destinations(self) -> dict[str, torch.Tensor]:

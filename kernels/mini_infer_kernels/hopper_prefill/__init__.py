@@ -1,0 +1,1 @@
+"""Prefill attention for Hopper's tensor cores (contract: `prefill_attention.py`)."""
