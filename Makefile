@@ -3,6 +3,7 @@
 #
 #   PYTHON=python3.12             the interpreter of the virtual environment
 #   PIP_ARGS="--extra-index-url …" more options for pip (docs/development.md: a smaller torch)
+#   JOBS=4                        processes of `make test`, each of which runs some of the tests
 #   ARGS="--max-tokens 50"        more options for the command of `demo` and `serve`, or for pytest
 
 SHELL := /bin/bash
@@ -12,6 +13,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+JOBS ?= 2
 
 BIN := .venv/bin
 # Tests run engines beside busy processes: threads that wait for each other would collapse there.
@@ -75,7 +77,7 @@ typecheck: $(DEV) ## mypy, strict
 	$(BIN)/mypy
 
 test: $(DEV) ## every test but the slow ones
-	@TIMEFORMAT='make test took %0R s'; time $(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+	@TIMEFORMAT='make test took %0R s'; time $(BIN)/pytest -n $(JOBS) -m "not slow and not gpu" $(ARGS)
 
 test-full: $(DEV) ## every test that needs no GPU, with coverage of all processes
 	@rm -f .coverage .coverage.*

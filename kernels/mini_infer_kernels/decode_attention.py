@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from mini_infer_kernels.decode_plan import ALL_TOKENS, TILE, DecodePlan
-from mini_infer_kernels.launch import Launcher
+from mini_infer_kernels.launch import Launcher, has_dependent_launch
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOWEST = tl.constexpr(-1e30)
@@ -80,17 +80,24 @@ def triton_decode_attention(
         softcap: Bound of the scores, or None.
         out: [num_seqs, num_q_heads, head_dim] of query's type, contiguous; None allocates it.
         pdl: Programmatic dependent launch: the programs start while the kernel before them still
-            runs, and wait for it on the device. CUDA alone.
+            runs, and wait for it on the device. Without effect where the device has no such launch.
 
     Returns:
         out.
 
     Raises:
-        ValueError: The plan is another step's or another model's, or a layout is not as above.
+        ValueError: The plan is another step's or another model's, or a shape, type or layout is
+            not as above.
     """
     if out is None:
         out = query.new_empty(query.shape)
     _check(query, cache, block_tables, plan, out)
+    if not len(table_rows) == len(context_lens) == plan.num_seqs:
+        raise ValueError(
+            f"{len(table_rows)} table_rows and {len(context_lens)} context_lens for "
+            f"{plan.num_seqs} sequences: pass one of each a sequence"
+        )
+    use_pdl = pdl and has_dependent_launch(query.device)
     num_programs = plan.num_kv_heads * plan.num_programs
     tensors = (
         query,
@@ -114,12 +121,12 @@ def triton_decode_attention(
         scale,
         0.0 if softcap is None else softcap,
         softcap is not None,
-        pdl,
+        use_pdl,
         cache.shape[1],
         plan.num_kv_heads,
         *shapes,
     )
-    if pdl:
+    if use_pdl:
         arguments = *tensors, *counts, *fixed
         _decode_kernel[(num_programs,)](*arguments, num_warps=num_warps, launch_pdl=True)
     else:
@@ -132,7 +139,9 @@ def _shapes_of(group: int, head_dim: int, element_size: int) -> tuple[int, tuple
     """Warps of a program, and the kernel's last parameters, from GROUP on."""
     group_block = triton.next_power_of_2(group)
     head_block = max(_MIN_ROWS, triton.next_power_of_2(head_dim))
-    launch = _LAUNCHES[element_size, max(64, head_block)]
+    launch = _LAUNCHES.get((element_size, max(64, head_block)))
+    if launch is None:
+        raise ValueError(f"head_dim {head_dim} at {8 * element_size} bits: at most 256 at 16 or 32")
     return launch.num_warps, (
         group,
         head_dim,

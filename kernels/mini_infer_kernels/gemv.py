@@ -20,13 +20,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mini_infer_kernels.activation import activate
+from mini_infer_kernels.launch import has_dependent_launch
+
 MAX_GEMV_ROWS = 4
-"""Rows of x at most."""
+"""Rows of x at most. Three rows run as four do, so that few forms are compiled."""
 
 _VECTOR = tl.constexpr(8)
 """Neighbouring columns of a thread: 16 bytes of bf16."""
-_SQRT_HALF = tl.constexpr(math.sqrt(0.5))
-_TWO_SQRT_2_OVER_PI = tl.constexpr(2 * math.sqrt(2 / math.pi))
 _GATES = (None, "silu", "gelu", "gelu_tanh")
 
 
@@ -91,17 +92,7 @@ def _load_once(ptrs: tl.tensor, mask: tl.tensor) -> tl.tensor:
     return tl.load(ptrs, mask, 0.0, eviction_policy="evict_first")
 
 
-@triton.jit
-def _activated(gate: tl.tensor, GATE: tl.constexpr) -> tl.tensor:
-    if GATE == "silu":
-        return gate * tl.sigmoid(gate)
-    elif GATE == "gelu":
-        return 0.5 * gate * (1.0 + tl.erf(gate * _SQRT_HALF))
-    else:  # 0.5 * (1 + tanh(z)) = sigmoid(2 * z)
-        return gate * tl.sigmoid(_TWO_SQRT_2_OVER_PI * (gate + 0.044715 * gate * gate * gate))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_x_rows"])
 def _gemv_kernel(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -112,8 +103,8 @@ def _gemv_kernel(
     stride_weight: tl.tensor,
     stride_out: tl.tensor,
     out_size: tl.tensor,
+    num_x_rows: tl.tensor,
     eps: tl.tensor,
-    M: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -131,14 +122,18 @@ def _gemv_kernel(
     tile_rows = tl.arange(0, BLOCK_N)
     # Rows behind the last one are the last one, and only what is stored is masked.
     rows = tl.minimum(block + tile_rows // FACTORS, out_size - 1) + tile_rows % FACTORS * out_size
-    x_rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1)
+    x_rows = tl.arange(0, BLOCK_M)
+    if BLOCK_M > 2:  # one row and two fill their blocks
+        x_rows = tl.minimum(x_rows, num_x_rows - 1)
     columns = tl.arange(0, BLOCK_K)[None, None, :]
     weight_ptrs = weight_ptr + rows.to(tl.int64)[None, :, None] * stride_weight + columns
     x_ptrs = x_ptr + x_rows[:, None, None] * stride_x + columns
     out_rows = tl.arange(0, BLOCK_M)[:, None]
     out_columns = (block + tl.arange(0, BLOCK_N // FACTORS))[None, :]
     out_ptrs = out_ptr + out_rows * stride_out + out_columns
-    is_stored = (out_rows < M) & (out_columns < out_size)
+    is_stored = out_columns < out_size
+    if BLOCK_M > 2:
+        is_stored &= out_rows < num_x_rows
 
     inside = columns < K
     next_weight = _load_once(weight_ptrs, inside)
@@ -171,7 +166,7 @@ def _gemv_kernel(
         result += tl.load(bias_ptr + rows)[None, :].to(tl.float32)
     if GATE is not None:
         gate, up = tl.split(tl.reshape(result, (BLOCK_M, BLOCK_N // 2, 2)))
-        result = _activated(gate, GATE) * up
+        result = activate(gate, GATE) * up
     if HAS_RESIDUAL:
         result += residual
     tl.store(out_ptrs, result, is_stored)
@@ -195,7 +190,7 @@ def triton_gemv(
     The elements of a row stand side by side, in every tensor; rows may stand at any distance.
 
     Args:
-        x: [M, K] bf16, fp16 or fp32.
+        x: [M, K] bf16, fp16 or fp32, on a GPU.
         weight: [N, K], of x's type.
         bias: [N], of x's type, or None.
         residual: [M, N or I], of x's type, written in place; or None.
@@ -204,16 +199,17 @@ def triton_gemv(
         gemma: The norm multiplies by 1 + norm_weight.
         gate: "silu", "gelu", "gelu_tanh" or None.
         out_dtype: Type of the result, without a residual; x's by default.
-        pdl: Programmatic dependent launch: starts before the kernel before it has ended, which
-            must not write the weights. Without effect on a CPU, in Triton's interpreter.
+        pdl: Programmatic dependent launch: starts before kernels before it have ended, none of
+            which may write the weights. Without effect where the device has no such launch.
 
     Returns:
         [M, N], with a gate [M, I]; `residual` itself if it is given.
 
     Raises:
-        ValueError: Too many rows, shapes or types that do not fit, or an unknown gate.
+        ValueError: Too many rows, shapes, types or layouts that do not fit, or an unknown gate.
     """
     _check(x, weight, gate)
+    _check_vectors(weight, bias, norm_weight)
     num_x_rows, num_columns = x.shape
     num_rows = weight.shape[0]
     out_size = num_rows if gate is None else num_rows // 2
@@ -222,10 +218,12 @@ def triton_gemv(
     else:
         _check_residual(residual, (num_x_rows, out_size), out_dtype)
         out = residual
+    if num_x_rows == 0:
+        return out
     launch = _launch_of(num_x_rows, num_columns)
     # Python's own arithmetic: Triton's takes microseconds a call.
     num_blocks = -(-num_rows // launch.block_rows)
-    use_pdl = pdl and x.is_cuda
+    use_pdl = pdl and has_dependent_launch(x.device)
     _gemv_kernel[(num_blocks,)](
         x,
         weight,
@@ -236,8 +234,8 @@ def triton_gemv(
         weight.stride(0),
         out.stride(0),
         out_size,
+        num_x_rows,
         eps,
-        M=num_x_rows,
         K=num_columns,
         BLOCK_M=1 << (num_x_rows - 1).bit_length(),
         BLOCK_N=launch.block_rows,
@@ -254,8 +252,8 @@ def triton_gemv(
 
 def _check(x: torch.Tensor, weight: torch.Tensor, gate: str | None) -> None:
     num_x_rows, num_columns = x.shape
-    if not 0 < num_x_rows <= MAX_GEMV_ROWS:
-        raise ValueError(f"x must have 1 to {MAX_GEMV_ROWS} rows, got {num_x_rows}")
+    if num_x_rows > MAX_GEMV_ROWS:
+        raise ValueError(f"x must have at most {MAX_GEMV_ROWS} rows, got {num_x_rows}")
     if weight.shape[1] != num_columns or weight.dtype != x.dtype:
         raise ValueError(
             f"weight must be [N, {num_columns}] {x.dtype} as x is, "
@@ -267,6 +265,20 @@ def _check(x: torch.Tensor, weight: torch.Tensor, gate: str | None) -> None:
         raise ValueError(f"gate must be one of {_GATES}, got {gate!r}")
     if gate is not None and weight.shape[0] % 2:
         raise ValueError(f"a weight with a gate has an even number of rows, got {weight.shape[0]}")
+
+
+def _check_vectors(
+    weight: torch.Tensor, bias: torch.Tensor | None, norm_weight: torch.Tensor | None
+) -> None:
+    for name, vector, size in (("bias", bias, 0), ("norm_weight", norm_weight, 1)):
+        if vector is None:
+            continue
+        shape = weight.shape[size : size + 1]
+        if vector.shape != shape or vector.stride(0) != 1 or vector.dtype != weight.dtype:
+            raise ValueError(
+                f"{name} must be contiguous {list(shape)} {weight.dtype}, "
+                f"got {list(vector.shape)} {vector.dtype}"
+            )
 
 
 def _check_residual(

@@ -20,8 +20,13 @@ import torch
 import triton
 import triton.language as tl
 
-from mini_infer_kernels.hopper_prefill.launch import launch_on_hopper, runs_on_hopper
 from mini_infer_kernels.prefill_tile import LOG2_E, PrefillTile
+
+# Gluon is experimental: it may change with each release of Triton. Hopper's kernel has run on this
+# one; on others Hopper GPUs do with the kernel of this file.
+_HAS_GLUON = triton.__version__.startswith("3.6.")
+if _HAS_GLUON:
+    from mini_infer_kernels.hopper_prefill.launch import launch_on_hopper, runs_on_hopper
 
 _LEAST_COLUMNS = 16
 _LAUNCHES = {
@@ -79,6 +84,11 @@ def triton_prefill_attention(
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     _check(query, cache, block_tables, out)
+    if not len(table_rows) == len(query_starts) - 1 == len(context_lens):
+        raise ValueError(
+            f"{len(context_lens)} context_lens take as many table_rows and one more query_starts, "
+            f"got {len(table_rows)} and {len(query_starts)}"
+        )
     if max_query_len == 0 or len(context_lens) == 0:
         return out
     is_hopper = _is_hopper(query.device) and runs_on_hopper(query, cache)
@@ -132,7 +142,8 @@ def _check(
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return (
-        device.type == "cuda"
+        _HAS_GLUON
+        and device.type == "cuda"
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(device)[0] == 9
     )
@@ -190,7 +201,10 @@ def _tile(
 ) -> tuple[PrefillTile, int]:
     """And the number of warps."""
     columns = max(_LEAST_COLUMNS, triton.next_power_of_2(head_dim))
-    rows, keys, num_warps, num_stages = _LAUNCHES[element_size, max(128, columns)]
+    launch = _LAUNCHES.get((element_size, max(128, columns)))
+    if launch is None:
+        raise ValueError(f"head_dim {head_dim} at {8 * element_size} bits: at most 256 at 16 or 32")
+    rows, keys, num_warps, num_stages = launch
     tile = PrefillTile(
         group=group,
         head_dim=head_dim,

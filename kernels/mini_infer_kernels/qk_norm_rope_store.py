@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 
 from mini_infer_kernels.launch import Launcher
-from mini_infer_kernels.rmsnorm import times_weight
+from mini_infer_kernels.rmsnorm import check_weight, times_weight
 from mini_infer_kernels.rope import check_turns, load_turn, turn
-from mini_infer_kernels.store_kv import check_cache
+from mini_infer_kernels.store_kv import check_cache, check_slots
 
 _NUM_WARPS = 4
+"""As for the turns alone (`rope.py`); not varied for this kernel."""
 _FEW_TOKENS = 128
 
 
@@ -174,10 +175,14 @@ def triton_qk_norm_rope_store(
         raise ValueError("a token's heads must be adjacent: call heads.contiguous() first")
     if (q_weight is None) is not (k_weight is None):
         raise ValueError("pass q_weight and k_weight, or neither")
+    if q_weight is not None and k_weight is not None:
+        check_weight(q_weight, head_dim, heads.dtype)
+        check_weight(k_weight, head_dim, heads.dtype)
     if not num_cached < num_heads or width > head_dim:
         raise ValueError(f"{num_heads} heads of {head_dim}: more are cached, or wider ones turn")
     check_turns(cos, sin, num_tokens, width)
     check_cache(cache, num_cached, head_dim, heads.dtype)
+    check_slots(slot_mapping, num_tokens)
     if num_tokens == 0:
         return
     half, rest = width // 2, head_dim - width

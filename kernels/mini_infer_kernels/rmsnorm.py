@@ -105,7 +105,8 @@ def triton_rmsnorm(
 
     Args:
         x: [..., hidden_size] on a GPU, float32, float16 or bfloat16. The elements of a row are
-            adjacent; a row may be part of a longer one.
+            adjacent; a row may be part of a longer one. Rows that are not equally far from
+            each other, as in some heads of a wider tensor, are copied first.
         weight: [hidden_size], contiguous, of x's type.
         eps: Added to the mean square.
         out: [..., hidden_size] contiguous, of x's type, where the result goes; x itself if it is
@@ -164,5 +165,10 @@ def check_norm(x: torch.Tensor, weight: torch.Tensor, hidden_size: int) -> None:
         raise ValueError(f"rows of {hidden_size} elements; at most {MAX_HIDDEN_SIZE} are normed")
     if x.stride(-1) != 1:
         raise ValueError("the elements of a row of x must be adjacent: call x.contiguous() first")
-    if weight.shape != (hidden_size,) or weight.stride(0) != 1 or weight.dtype is not x.dtype:
-        raise ValueError(f"weight must be contiguous [{hidden_size}] of type {x.dtype}")
+    check_weight(weight, hidden_size, x.dtype)
+
+
+def check_weight(weight: torch.Tensor, size: int, dtype: torch.dtype) -> None:
+    """Raises ValueError where the weights of a norm are not so many, side by side, of a type."""
+    if weight.shape != (size,) or weight.stride(0) != 1 or weight.dtype is not dtype:
+        raise ValueError(f"weight must be contiguous [{size}] of type {dtype}")

@@ -63,7 +63,8 @@ def _rope_kernel(
     num_groups: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     program = tl.program_id(0)
     token = (program // num_groups).to(tl.int64)
-    heads = program % num_groups * HEADS + tl.arange(0, HEADS)
+    # 64 bits: heads may be further apart than tokens.
+    heads = (program % num_groups * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     pairs = tl.arange(0, BLOCK)
     inside = (heads < NUM_HEADS)[:, None] & (pairs < HALF)[None, :]
     cos, sin = load_turn(cos_ptr + token * cos_stride, sin_ptr + token * sin_stride, HALF, BLOCK)

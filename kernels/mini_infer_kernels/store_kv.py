@@ -16,7 +16,8 @@ import triton.language as tl
 
 from mini_infer_kernels.launch import Launcher
 
-# Elements of a program, 16 bytes of bfloat16 a thread and load.
+# Elements of a program, 16 bytes of bfloat16 a thread and load: the best for the gated activations,
+# which move memory in the same way (`activation.py`). Not varied for this kernel.
 _BLOCK = 1024
 _NUM_WARPS = 4
 
@@ -62,6 +63,7 @@ def triton_store_kv(
     if key_value.stride(1) != head_dim or key_value.stride(2) != 1:
         raise ValueError("a token's heads in key_value must be adjacent: call contiguous() first")
     check_cache(cache, num_heads, head_dim, key_value.dtype)
+    check_slots(slot_mapping, num_tokens)
     if num_tokens == 0:
         return
     slot_size = num_heads * head_dim
@@ -88,3 +90,17 @@ def check_cache(cache: torch.Tensor, num_heads: int, head_dim: int, dtype: torch
         raise ValueError(f"cache must be [blocks, block_size, {num_heads}, {head_dim}] of {dtype}")
     if not cache.is_contiguous():
         raise ValueError("cache must be contiguous: pass the cache of one layer")
+
+
+def check_slots(slot_mapping: torch.Tensor, num_tokens: int) -> None:
+    """Raises ValueError where a kernel would read slots of other tokens, or behind the last one.
+
+    Args:
+        slot_mapping: As for `triton_store_kv`.
+        num_tokens: Slots that it must have.
+    """
+    if slot_mapping.shape != (num_tokens,) or not slot_mapping.is_contiguous():
+        raise ValueError(
+            f"slot_mapping must be contiguous [{num_tokens}], got {list(slot_mapping.shape)} with "
+            f"strides {slot_mapping.stride()}"
+        )

@@ -191,7 +191,7 @@ def assert_nothing_is_left(storm: AbortStorm) -> None:
     batch = scheduler.schedule(storm.now)
     scheduler.finish_step(batch, run(batch), storm.now)
     assert scheduler.is_idle
-    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_swapped) == (0, 0, 0)
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.blocks.num_swapped) == (0, 0, 0)
     assert scheduler.blocks.pool.num_free == NUM_BLOCKS
     host_pool = scheduler.blocks._host_pool
     assert host_pool is not None

@@ -17,7 +17,7 @@ from architectures.fixed_configs import SMALL
 from architectures.paged import Texts, run_forced, shuffled_pool
 from mini_infer import EngineConfig
 from mini_infer_engine.build import Engine, build_engine
-from mini_infer_engine.graph_sizes import graph_sizes, size_for
+from mini_infer_engine.graph_sizes import row_sizes, size_for, token_sizes
 from mini_infer_engine.layers.backend import Backend
 from mini_infer_engine.loader import load_weights
 from mini_infer_engine.model_runner import EagerForward, ModelRunner
@@ -87,7 +87,12 @@ def with_triton(engine: Engine) -> Engine:
     load_weights(model, engine.config.model_folder)
     buffers = PagedInputBuffers(
         spec,
-        PagedLimits(max_num_seqs=4, max_num_tokens=MAX_STEP_TOKENS, max_num_blocks=NUM_BLOCKS),
+        PagedLimits(
+            max_num_seqs=4,
+            max_num_tokens=MAX_STEP_TOKENS,
+            max_num_blocks=NUM_BLOCKS,
+            token_sizes=(8, 20),  # so that some steps are padded, and some are not
+        ),
         num_q_heads=served.config.num_q_heads,
         windows=served.config.windows,
         needs_rotation_lens=needs_rotation_lens(served),
@@ -128,12 +133,25 @@ def test_logits_equal_those_of_torchs_operations(
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5, 64, 100, 256, 300, 700])
 def test_every_step_has_a_graph_size(most: int) -> None:
-    sizes = graph_sizes(most)
+    sizes = row_sizes(most)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == most
     for num_rows in range(1, most + 1):
         size = size_for(num_rows, sizes)
+        assert size is not None
         assert num_rows <= size <= max(num_rows + 31, 2 * num_rows)
+
+
+@pytest.mark.parametrize("most", [1, 16, 100, 256, 700, 2048])
+def test_prompts_are_padded_by_a_quarter_at_most(most: int) -> None:
+    sizes = token_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    assert size_for(most + 1, sizes) is None
+    for num_tokens in range(1, most + 1):
+        size = size_for(num_tokens, sizes)
+        assert size is not None
+        assert num_tokens <= size <= num_tokens + max(15, num_tokens / 4)
 
 
 def test_staged_parts_do_not_overlap() -> None:

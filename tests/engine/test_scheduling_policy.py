@@ -194,7 +194,7 @@ def test_a_swapped_sequence_computes_nothing_again_and_resumes_before_new_ones()
     first, second = (make(stream, 4, 11, ignore_eos=True) for stream in range(2))
     scheduler.add(first, now=0.0)
     scheduler.add(second, now=0.0)
-    while not scheduler.num_swapped:
+    while not scheduler.blocks.num_swapped:
         step(scheduler)
     assert second.host_blocks
     scheduler.add(make(2, 1, 1), now=0.0)
@@ -202,7 +202,7 @@ def test_a_swapped_sequence_computes_nothing_again_and_resumes_before_new_ones()
     while not scheduler.is_idle:
         batch, _ = step(scheduler)
         if any(key.stream == 2 for key in batch.keys):
-            assert not scheduler.num_swapped, "a new request went before a swapped one"
+            assert not scheduler.blocks.num_swapped, "a new request went before a swapped one"
         num_tokens += sum(
             count
             for key, count in zip(batch.keys, batch.num_scheduled_tokens.tolist(), strict=True)
@@ -215,12 +215,12 @@ def test_aborting_a_swapped_sequence_frees_the_host() -> None:
     scheduler = scheduler_of(4, max_num_seqs=4, budget=64, num_host_blocks=8)
     for stream in range(2):
         scheduler.add(make(stream, 4, 11, ignore_eos=True), now=0.0)
-    while not scheduler.num_swapped:
+    while not scheduler.blocks.num_swapped:
         batch = scheduler.schedule(0.0)
         scheduler.finish_step(batch, run(batch), 0.0)
     assert scheduler.abort(make(1, 1, 1).key, 0.0)
     scheduler.check_integrity()
-    assert scheduler.num_swapped == 0
+    assert scheduler.blocks.num_swapped == 0
     drive(scheduler)
 
 

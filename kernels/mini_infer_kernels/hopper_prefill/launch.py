@@ -45,6 +45,7 @@ def runs_on_hopper(query: torch.Tensor, cache: torch.Tensor) -> bool:
         and block_size & (block_size - 1) == 0
         and block_size >= LEAST_BLOCK
         and cache.stride(0) == block_size * num_heads * head_dim
+        and cache.data_ptr() % 16 == 0  # for the copy engine
         and query.shape[1] * 2 <= _ROWS * num_heads
     )
 

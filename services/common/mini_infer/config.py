@@ -49,7 +49,8 @@ class EngineConfig:
         max_model_len: Tokens of prompt and output together; unset means what the model was made
             for (`max_position_embeddings`).
         kv_cache_tokens: Tokens that the KV cache holds; unset sizes it from free memory.
-        gpu_memory_utilization: Share of the GPU's memory that weights and KV cache may take.
+        gpu_memory_utilization: Share of the GPU's memory that weights, KV cache, the largest step
+            and captured steps may take together.
         cpu_kv_cache_gib: GiB that the KV cache may take on a CPU. Only what is written takes
             memory.
         swap_space_gib: GiB of the host's memory for blocks of preempted sequences; unset means 4
@@ -88,7 +89,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     kv_cache_tokens: int | None = None
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = 0.95
     cpu_kv_cache_gib: float = 1.0
     swap_space_gib: float | None = None
     kv_watermark: float = 0.01

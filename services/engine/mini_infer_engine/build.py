@@ -259,7 +259,8 @@ def _make_runner(
     cache = KVCache(spec, cache_size.num_blocks)
     host_cache = HostCache(spec, cache_size.num_host_blocks)
     lone_row = LoneRow(cache, _num_lone_row_blocks(served, spec))
-    execution.capture(cache)
+    if execution.graphs is not None:
+        execution.graphs.capture(cache)
     forward, merged = execution.forward, None
     buffers = execution.buffers
     if isinstance(buffers, InputBuffers) and _can_record(served, spec):

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+GraphPool = Any
+"""Memory that graphs share, as torch hands it out."""
 
 
 class GraphsBySize:

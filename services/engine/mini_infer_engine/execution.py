@@ -6,8 +6,8 @@ anywhere else torch's own operations do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 import torch
@@ -15,16 +15,36 @@ from mini_infer.config import EngineConfig
 from mini_infer_kernels.kernel_set import REFERENCE, KernelSet, triton_kernels
 from mini_infer_kernels.sampling_kernels import REFERENCE_SAMPLING, triton_sampling
 
+from mini_infer_engine.graph_sizes import token_sizes
 from mini_infer_engine.input_buffers import InputBuffers
 from mini_infer_engine.kv_cache import KVCache, KVCacheSpec
 from mini_infer_engine.layers.decoder import CausalLM
 from mini_infer_engine.layers.rotary import depends_on_length
+from mini_infer_engine.model_config import ModelConfig
 from mini_infer_engine.model_inputs import BuildsInputs
 from mini_infer_engine.model_runner import EagerForward, Forward
 from mini_infer_engine.sampling import Sampler
 from mini_infer_engine.served_model import ServedModel
 
+_LAUNCHES_OF_LAYER_S = 200e-6
+"""What the host takes to launch a layer's operations one by one, on a server of 2024."""
+_OPERATIONS_PER_S = 700e12
+"""Of a large product of 16-bit numbers on an H200."""
+_LEAST_LAUNCH_BOUND, _MOST_LAUNCH_BOUND = 256, 2048
+
 log = structlog.get_logger("engine")
+
+
+class StepGraphs(Protocol):
+    """Steps that are captured over a cache."""
+
+    def capture(self, cache: KVCache) -> None:
+        """Captures them; those of another cache must have been released."""
+        ...
+
+    def release(self) -> None:
+        """Gives their memory back."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +56,14 @@ class Execution:
         buffers: Make its inputs.
         sampler: Chooses tokens.
         runs_ahead: Whether a step can be launched before the tokens of the one under way are known.
-        capture: Captures what can be, over the cache that all steps will use.
+        graphs: What can be captured, or None.
     """
 
     forward: Forward
     buffers: BuildsInputs
     sampler: Sampler
     runs_ahead: bool
-    capture: Callable[[KVCache], None]
+    graphs: StepGraphs | None = None
 
 
 def choose_kernels(device: torch.device) -> KernelSet:
@@ -94,9 +114,7 @@ def _torch_execution(
         max_model_len=served.max_model_len,
         device=spec.device,
     )
-    return Execution(
-        EagerForward(model), buffers, sampler, runs_ahead=False, capture=lambda cache: None
-    )
+    return Execution(EagerForward(model), buffers, sampler, runs_ahead=False)
 
 
 def _triton_execution(
@@ -106,10 +124,12 @@ def _triton_execution(
     from mini_infer_engine.graphed_forward import GraphedForward
     from mini_infer_engine.paged_inputs import PagedInputBuffers, PagedLimits
 
+    sizes = token_sizes(_num_launch_bound_tokens(served.config, config.max_num_batched_tokens))
     limits = PagedLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_tokens=config.max_num_batched_tokens,
         max_num_blocks=-(-served.max_model_len // spec.block_size),
+        token_sizes=() if config.enforce_eager else sizes,
     )
     buffers = PagedInputBuffers(
         spec,
@@ -118,7 +138,8 @@ def _triton_execution(
         windows=served.config.windows,
         needs_rotation_lens=needs_rotation_lens(served),
     )
-    forward = GraphedForward(model, buffers, config.max_num_seqs, served.config.vocab_size)
+    vocab_size = served.config.vocab_size
+    forward = GraphedForward(model, buffers, config.max_num_seqs, vocab_size, sizes)
     kernels = triton_sampling()
     choice = GraphedChoice(kernels, forward.logits, buffers.results)
     sampler = Sampler(
@@ -129,12 +150,19 @@ def _triton_execution(
         device=spec.device,
         choice=choice,
     )
+    if config.enforce_eager:
+        return Execution(forward, buffers, sampler, runs_ahead=True)
+    choice.capture()
+    return Execution(forward, buffers, sampler, runs_ahead=True, graphs=forward)
 
-    @torch.inference_mode()
-    def capture(cache: KVCache) -> None:
-        if config.enforce_eager:
-            return
-        forward.capture(cache)
-        choice.capture()
 
-    return Execution(forward, buffers, sampler, runs_ahead=True, capture=capture)
+def _num_launch_bound_tokens(config: ModelConfig, max_num_batched_tokens: int) -> int:
+    """Tokens up to which a step with prompts takes the host longer to launch than the device.
+
+    A token takes two operations for each weight (derived here).
+    """
+    launches_s = config.num_layers * _LAUNCHES_OF_LAYER_S
+    tokens_per_s = _OPERATIONS_PER_S / (2 * config.num_parameters)
+    num_tokens = int(launches_s * tokens_per_s)
+    most = min(_MOST_LAUNCH_BOUND, max_num_batched_tokens)
+    return min(max(num_tokens, _LEAST_LAUNCH_BOUND), most)

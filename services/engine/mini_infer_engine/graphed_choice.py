@@ -1,4 +1,4 @@
-"""How ids are chosen from logits on a GPU: a CUDA graph for each of `graph_sizes`.
+"""How ids are chosen from logits on a GPU: a CUDA graph for each of `row_sizes`.
 
 The logits stand at one place (`GraphedForward.logits`), and so do the parameters of the rows: one
 copy brings them. What comes back goes to memory of the host that the device writes by itself.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mini_infer_engine.batch import FillMasks, RowStatus, SamplingColumns, TokenMasks
 from mini_infer_engine.cuda_graphs import GraphsBySize
-from mini_infer_engine.graph_sizes import graph_sizes, size_for
+from mini_infer_engine.graph_sizes import row_sizes, size_for
 from mini_infer_engine.token_choice import ChosenIds, LaunchedIds, mask_indices
 
 _BITS_PER_WORD = 32
@@ -40,13 +40,14 @@ class GraphedChoice:
         max_num_seqs, vocab_size = logits.shape
         self._kernels = kernels
         self._logits = logits
-        self._sizes = graph_sizes(max_num_seqs)
+        self._sizes = row_sizes(max_num_seqs)
         self._controls = ControlBuffers(max_num_seqs, vocab_size, logits.device)
         self._results = results
         self._on_host = deque(_HostResults(max_num_seqs) for _ in range(_NUM_UNDER_WAY))
         self._likeliest = GraphsBySize(self._run_likeliest)
         self._draw = GraphsBySize(self._run_draw)
 
+    @torch.inference_mode()
     def capture(self) -> None:
         """Captures every size."""
         self._likeliest.capture(self._sizes)
@@ -83,7 +84,9 @@ class GraphedChoice:
         num_rows = len(logits)
         if logits.data_ptr() != self._logits.data_ptr():
             self._logits[:num_rows].copy_(logits)
-        graphs.run(size_for(num_rows, self._sizes))
+        size = size_for(num_rows, self._sizes)
+        assert size is not None, f"{num_rows} rows: {self._sizes[-1]} at most"
+        graphs.run(size)
         self._on_host.rotate()
         return self._on_host[0].copy(self._results, num_rows)
 

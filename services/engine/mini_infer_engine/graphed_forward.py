@@ -1,22 +1,27 @@
-"""The model on a GPU: the layers of steps that decode alone are replayed as CUDA graphs.
+"""The model on a GPU: its steps are replayed as CUDA graphs where they can be.
 
 Everything that differs from step to step is read from the device's memory (`paged_inputs.py`),
-lengths included, so one graph for a number of rows serves all of them. Steps with prompts in them
-run operation by operation: their products outweigh the launches.
+lengths included, so one graph for a number of rows serves all steps that decode alone. Of steps
+with prompts the layers are captured without attention (`piecewise_layers.py`), up to a number of
+tokens whose products outweigh the launches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mini_infer_engine.cuda_graphs import GraphsBySize
-from mini_infer_engine.graph_sizes import graph_sizes
+from mini_infer_engine.graph_sizes import row_sizes
 from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.layers.attention import AttentionInputs
 from mini_infer_engine.layers.decoder import CausalLM
+from mini_infer_engine.layers.paged_attention import PagedAttentionInputs
 from mini_infer_engine.model_inputs import ModelInputs
 from mini_infer_engine.model_runner import sampled_rows
 from mini_infer_engine.paged_inputs import PagedInputBuffers
+from mini_infer_engine.piecewise_layers import PiecewiseLayers
 
 
 class GraphedForward:
@@ -27,7 +32,12 @@ class GraphedForward:
     """
 
     def __init__(
-        self, model: CausalLM, buffers: PagedInputBuffers, max_num_seqs: int, vocab_size: int
+        self,
+        model: CausalLM,
+        buffers: PagedInputBuffers,
+        max_num_seqs: int,
+        vocab_size: int,
+        token_sizes: Sequence[int],
     ) -> None:
         """Makes room for logits; every step runs operation by operation until `capture`.
 
@@ -36,39 +46,55 @@ class GraphedForward:
             buffers: Make the inputs of every step.
             max_num_seqs: Rows of a step at most.
             vocab_size: Of the model.
+            token_sizes: Numbers of tokens of steps with prompts that are captured.
         """
         self._model = model
         self._buffers = buffers
-        self._graphs: GraphsBySize | None = None
+        self._decode: GraphsBySize | None = None
+        self._layers = PiecewiseLayers(model, token_sizes)
         self.logits = torch.zeros(
             max_num_seqs, vocab_size, dtype=torch.float32, device=model.device
         )
 
     def __call__(self, inputs: ModelInputs[AttentionInputs]) -> torch.Tensor:
         """As `Forward.__call__`."""
-        if inputs.sampled_tokens is not None or self._graphs is None:
-            return self._run(inputs)
-        num_rows = len(inputs.token_ids)
-        self._graphs.run(num_rows)
-        return self.logits[:num_rows]
+        attention = inputs.attention
+        assert isinstance(attention, PagedAttentionInputs)
+        if self._decode is not None and attention.num_decodes == len(inputs.token_ids):
+            self._decode.run(attention.num_decodes)
+            return self.logits[: attention.num_decodes]
+        hidden = self._layers.run(attention)
+        return self._run(inputs) if hidden is None else self._logits(hidden, inputs)
 
+    @torch.inference_mode()
     def capture(self, cache: KVCache) -> None:
-        """Captures steps that decode alone, of every size.
+        """Captures every size of both kinds of steps.
 
         Args:
             cache: The whole cache; the graphs hold its place. What the inputs name is written.
         """
         inputs = {
-            size: self._buffers.decode_inputs(size, cache) for size in graph_sizes(len(self.logits))
+            size: self._buffers.decode_inputs(size, cache) for size in row_sizes(len(self.logits))
         }
 
         def run(size: int) -> None:
             self._run(inputs[size])
 
-        self._graphs = GraphsBySize(run)
-        self._graphs.capture(list(inputs))
+        self._decode = GraphsBySize(run)
+        self._decode.capture(list(inputs))
+        self._layers.capture(self._buffers, cache)
+
+    def release(self) -> None:
+        """Gives the graphs' memory back; steps run operation by operation until `capture`."""
+        self._decode = None
+        self._layers.release()
+        torch.cuda.empty_cache()
 
     def _run(self, inputs: ModelInputs[AttentionInputs]) -> torch.Tensor:
         hidden = self._model(inputs.token_ids, inputs.cache, inputs.attention)
+        return self._logits(hidden, inputs)
+
+    def _logits(self, hidden: torch.Tensor, inputs: ModelInputs[AttentionInputs]) -> torch.Tensor:
         rows = sampled_rows(hidden, inputs)
-        return self._model.logits(rows, out=self.logits[: len(rows)])
+        fits = len(rows) <= len(self.logits)
+        return self._model.logits(rows, out=self.logits[: len(rows)] if fits else None)

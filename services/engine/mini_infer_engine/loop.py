@@ -172,7 +172,7 @@ class EngineLoop:
                 num_waiting=self._scheduler.num_waiting,
                 num_used_blocks=pool.num_used,
                 num_preemptions=self._scheduler.num_preemptions,
-                num_swapped=self._scheduler.num_swapped,
+                num_swapped=self._scheduler.blocks.num_swapped,
                 num_cached_blocks=pool.num_cached,
                 counters=self._scheduler.counters(),
             )

@@ -11,7 +11,7 @@ from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
 from mini_infer.logprobs import MAX_LOGPROBS
 
-from mini_infer_engine.execution import Execution
+from mini_infer_engine.execution import Execution, StepGraphs
 from mini_infer_engine.kv_cache import STAGING_BYTES, KVCache, KVCacheSpec
 from mini_infer_engine.layers.decoder import CausalLM
 from mini_infer_engine.model_runner import ModelRunner
@@ -187,7 +187,22 @@ def _free_cuda_bytes(
     runner.run(trial_batch(prompt_lens, spec.block_size, num_logprobs=MAX_LOGPROBS))
     # Blocks on their way and the step that follows do not take memory at the same time.
     step_bytes = max(torch.cuda.max_memory_allocated(spec.device) - before, STAGING_BYTES)
+    graph_bytes = _graph_bytes(execution.graphs, cache)
     del runner, cache
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(spec.device)
-    return int(total * config.gpu_memory_utilization) - (total - free) - step_bytes
+    allowed = int(total * config.gpu_memory_utilization) - (total - free)
+    return allowed - step_bytes - graph_bytes
+
+
+def _graph_bytes(graphs: StepGraphs | None, cache: KVCache) -> int:
+    """What captured steps take; they are captured for this and released again."""
+    if graphs is None:
+        return 0
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(cache.spec.device)
+    graphs.capture(cache)
+    torch.cuda.empty_cache()
+    left, _ = torch.cuda.mem_get_info(cache.spec.device)
+    graphs.release()
+    return free - left

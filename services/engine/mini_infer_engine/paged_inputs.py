@@ -16,7 +16,7 @@ from mini_infer_kernels.decode_plan import DecodePlan
 from mini_infer_kernels.step_inputs import StepRows, TokenInputs, triton_update_tables
 
 from mini_infer_engine.batch import Ints, ScheduledBatch
-from mini_infer_engine.graph_sizes import graph_sizes, size_for
+from mini_infer_engine.graph_sizes import row_sizes, size_for
 from mini_infer_engine.kv_cache import KVCache, KVCacheSpec
 from mini_infer_engine.layers.paged_attention import PagedAttentionInputs
 from mini_infer_engine.model_inputs import ModelInputs
@@ -24,20 +24,26 @@ from mini_infer_engine.staged_ints import StagedInts
 
 PagedInputs = ModelInputs[PagedAttentionInputs]
 
+NO_ROW = -1
+"""Computed tokens of a row of padding."""
+
 
 @dataclass(frozen=True, slots=True)
 class PagedLimits:
-    """The largest step.
+    """The largest step, and the sizes of the others.
 
     Attributes:
         max_num_seqs: Rows.
         max_num_tokens: Tokens, at least as many.
         max_num_blocks: Blocks of a row.
+        token_sizes: Numbers of tokens to which steps with prompts are padded; those with more than
+            the last one are not.
     """
 
     max_num_seqs: int
     max_num_tokens: int
     max_num_blocks: int
+    token_sizes: Sequence[int] = ()
 
 
 class PagedInputBuffers:
@@ -68,7 +74,8 @@ class PagedInputBuffers:
         """
         device, num_rows, num_tokens = spec.device, limits.max_num_seqs, limits.max_num_tokens
         self._block_size = spec.block_size
-        self._sizes = graph_sizes(num_rows)
+        self._row_sizes = row_sizes(num_rows)
+        self._token_sizes = limits.token_sizes
         self._block_tables = torch.zeros(
             num_rows, limits.max_num_blocks, dtype=torch.int32, device=device
         )
@@ -76,8 +83,12 @@ class PagedInputBuffers:
         self._plan = DecodePlan(
             num_rows, num_q_heads, spec.num_kv_heads, spec.head_dim, device, windows
         )
+        # Not empty: what is left of padding is computed with.
+        self._attended = torch.zeros(
+            num_tokens, num_q_heads, spec.head_dim, dtype=spec.dtype, device=device
+        )
         self._staged = StagedInts(
-            StagedInts.capacity_for([num_tokens, *_row_lengths(num_rows), num_rows]), device
+            StagedInts.capacity_for([num_tokens, *_row_lengths(num_rows + 1), num_rows]), device
         )
         self._staged_changes = StagedInts(StagedInts.capacity_for([3 * num_tokens]), device)
         positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
@@ -86,69 +97,96 @@ class PagedInputBuffers:
             positions=positions,
             rotation_lens=torch.zeros_like(positions) if needs_rotation_lens else None,
             slot_mapping=torch.full_like(positions, -1),
-            context_lens=torch.zeros(num_rows, dtype=torch.int32, device=device),
+            context_lens=torch.zeros(num_rows + 1, dtype=torch.int32, device=device),
         )
 
     def build(self, batch: ScheduledBatch, cache: KVCache) -> PagedInputs:
-        """As `BuildsInputs.build`; rows that decode alone are padded to one of `graph_sizes`."""
+        """As `BuildsInputs.build`; padded to one of the sizes that are captured."""
         if batch.table_changes.shape[1]:
             self._change_tables(batch.table_changes)
         num_rows = len(batch.slots)
         if batch.num_decodes < num_rows:
             return self._build_mixed(batch, cache)
-        size = size_for(num_rows, self._sizes)
+        size = size_for(num_rows, self._row_sizes)
+        assert size is not None, f"{num_rows} rows: {self._row_sizes[-1]} at most"
         padding = size - num_rows
-        parts = [
-            _padded(batch.token_ids, padding, 0),
-            _padded(batch.slots, padding, 0),
-            _padded(batch.num_computed_tokens, padding, -1),
-            np.arange(size + 1),
-            _padded(batch.num_turned_together, padding, 0),
-        ]
-        self._staged.stage(parts)
+        self._staged.stage(
+            [
+                _padded(batch.token_ids, padding, 0),
+                _padded(batch.slots, padding, 0),
+                _padded(batch.num_computed_tokens, padding, NO_ROW),
+                np.arange(size + 1),
+                _padded(batch.num_turned_together, padding, 0),
+            ]
+        )
         return self.decode_inputs(size, cache)
 
     def decode_inputs(self, size: int, cache: KVCache) -> PagedInputs:
         """The inputs of a step that decodes so many rows; always at the same place.
 
         Args:
-            size: One of `graph_sizes`.
+            size: One of `row_sizes`.
             cache: The whole cache.
         """
         rows = StepRows(*self._staged.views([size, *_row_lengths(size)]))
-        attention = self._attention_inputs(rows, size, 1)
-        return ModelInputs(attention.tokens.token_ids, cache.layers, attention, None)
+        return self._inputs(rows, cache, num_seqs=size, num_decodes=size, max_row_tokens=1)
+
+    def padding_inputs(self, size: int, cache: KVCache) -> PagedInputs:
+        """The inputs of a step of nothing but padding, to capture what its tokens go through.
+
+        Args:
+            size: Number of tokens.
+            cache: The whole cache.
+        """
+        self._staged.stage([np.zeros(size, np.int64), [0], [NO_ROW], [0, size], [0]])
+        rows = StepRows(*self._staged.views([size, *_row_lengths(1)]))
+        return self._inputs(rows, cache, num_seqs=0, num_decodes=0, max_padding=size)
 
     def _build_mixed(self, batch: ScheduledBatch, cache: KVCache) -> PagedInputs:
-        """Rows that decode, and others."""
-        num_rows, num_tokens = len(batch.slots), batch.num_tokens
+        """Rows that decode, and others; a row of padding behind them where a size is captured."""
+        num_seqs, num_tokens = len(batch.slots), batch.num_tokens
         ends = np.cumsum(batch.num_scheduled_tokens)
-        starts = np.concatenate(([0], ends))
         sampled = ends[batch.sampling.rows] - 1
+        padding = (size_for(num_tokens, self._token_sizes) or num_tokens) - num_tokens
+        extra = int(padding > 0)
+        num_rows = num_seqs + extra
+        starts = np.concatenate(([0], ends, [num_tokens + padding] * extra))
         self._staged.stage(
             [
-                batch.token_ids,
-                batch.slots,
-                batch.num_computed_tokens,
+                _padded(batch.token_ids, padding, 0),
+                _padded(batch.slots, extra, 0),
+                _padded(batch.num_computed_tokens, extra, NO_ROW),
                 starts,
-                batch.num_turned_together,
+                _padded(batch.num_turned_together, extra, 0),
                 sampled,
             ]
         )
-        lengths = [num_tokens, *_row_lengths(num_rows), len(sampled)]
+        lengths = [num_tokens + padding, *_row_lengths(num_rows), len(sampled)]
         *rows, sampled_tokens = self._staged.views(lengths)
-        attention = self._attention_inputs(
-            StepRows(*rows), batch.num_decodes, int(batch.num_scheduled_tokens.max())
+        return self._inputs(
+            StepRows(*rows),
+            cache,
+            num_seqs=num_seqs,
+            num_decodes=batch.num_decodes,
+            max_row_tokens=int(batch.num_scheduled_tokens.max()),
+            max_padding=padding,
+            sampled_tokens=sampled_tokens,
         )
-        token_ids = attention.tokens.token_ids
-        return ModelInputs(token_ids, cache.layers, attention, sampled_tokens)
 
-    def _attention_inputs(
-        self, rows: StepRows, num_decodes: int, max_row_tokens: int
-    ) -> PagedAttentionInputs:
+    def _inputs(
+        self,
+        rows: StepRows,
+        cache: KVCache,
+        *,
+        num_seqs: int,
+        num_decodes: int,
+        max_row_tokens: int = 0,
+        max_padding: int = 0,
+        sampled_tokens: torch.Tensor | None = None,
+    ) -> PagedInputs:
         outputs, num_tokens = self._outputs, len(rows.token_ids)
         lens = outputs.rotation_lens
-        return PagedAttentionInputs(
+        attention = PagedAttentionInputs(
             tokens=TokenInputs(
                 token_ids=outputs.token_ids[:num_tokens],
                 positions=outputs.positions[:num_tokens],
@@ -157,13 +195,18 @@ class PagedInputBuffers:
                 context_lens=outputs.context_lens[: len(rows.slots)],
             ),
             rows=rows,
+            num_seqs=num_seqs,
             num_decodes=num_decodes,
             max_row_tokens=max_row_tokens,
+            max_padding=max_padding,
             last_ids=self.results[0],
             block_tables=self._block_tables,
             block_size=self._block_size,
             plan=self._plan,
+            attended=self._attended[:num_tokens],
         )
+        token_ids = attention.tokens.token_ids
+        return ModelInputs(token_ids, cache.layers, attention, sampled_tokens)
 
     def _change_tables(self, changes: Ints) -> None:
         flat = changes.ravel()

@@ -21,12 +21,13 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 from mini_infer.errors import ErrorReason, MiniInferError
-from mini_infer.messages import NO_STOP_TOKEN, EngineCounters, FinishAccounting, FinishCode
+from mini_infer.messages import NO_STOP_TOKEN, EngineCounters, FinishCode
 
 from mini_infer_engine.admission import Admission
 from mini_infer_engine.alarms import Alarms
 from mini_infer_engine.batch import EMPTY_BATCH, ScheduledBatch, StepTokens
 from mini_infer_engine.block_manager import BlockManager
+from mini_infer_engine.integrity import check_queues
 from mini_infer_engine.limits import SchedulerLimits, StepBudget
 from mini_infer_engine.preemption import Preemption
 from mini_infer_engine.prompt_scores import tell_prompt_scores
@@ -96,11 +97,6 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Sequences that wait for a step, swapped ones among them."""
         return len(self._waiting)
-
-    @property
-    def num_swapped(self) -> int:
-        """Sequences that wait with their K and V in the host's memory."""
-        return self.blocks.num_swapped
 
     @property
     def num_preemptions(self) -> int:
@@ -257,30 +253,10 @@ class Scheduler:
         return updates
 
     def check_integrity(self) -> None:
-        """Checks every invariant of the queues and of the blocks.
-
-        Raises:
-            AssertionError: Where one does not hold.
-        """
+        """As `check_queues`."""
         launched = [each for step in self._launched.values() for each in step.sequences]
-        everyone = {id(each): each for each in [*self._sequences.values(), *launched]}
-        self.blocks.check_integrity(everyone.values())
-        self._running.check_integrity()
-        self._waiting.check_integrity()
-        running = {each.key for each in self._running}
-        waiting = {each.key for each in self._waiting}
-        assert not running & waiting, "a sequence is in both queues"
-        assert running | waiting == self._sequences.keys(), "a sequence is lost"
-        for sequence in self._waiting:
-            assert sequence.status is SequenceStatus.WAITING
-            assert not sequence.block_table, f"{sequence} waits with blocks"
-        for sequence in self._running:
-            assert sequence.status is SequenceStatus.RUNNING
-            assert not sequence.host_blocks, f"{sequence} runs with blocks of the host"
-            assert sequence.num_computed_tokens < sequence.num_tokens
-        if not self._sequences and not launched:
-            assert self.blocks.pool.num_used == 0, "an idle scheduler holds blocks"
-            assert self.num_swapped == 0, "an idle scheduler has swapped sequences"
+        everyone = self._sequences.values()
+        check_queues(everyone, launched, self._running, self._waiting, self.blocks)
 
     # --- how add decides ------------------------------------------------------------------------
 
@@ -390,7 +366,7 @@ class Scheduler:
         """Ends a sequence with the output that was not told yet."""
         start, token_ids = sequence.take_untold()
         stop_token_id = token_ids[-1] if code is FinishCode.STOP_TOKEN else NO_STOP_TOKEN
-        end = SequenceEnd(code, stop_token_id, self._accounting(sequence, now))
+        end = SequenceEnd(code, stop_token_id, sequence.accounting(now, self.num_steps))
         updates.add(sequence.key, start, token_ids, end)
         self._end(sequence, now)
 
@@ -402,14 +378,6 @@ class Scheduler:
             self.blocks.condemn(sequence)
         self._end(sequence, now)
         updates.failures.append((sequence.key, error))
-
-    def _accounting(self, sequence: Sequence, now: float) -> FinishAccounting:
-        return sequence.times.accounting(
-            now,
-            self.num_steps,
-            num_cached_tokens=sequence.num_cached_tokens,
-            num_preemptions=sequence.num_preemptions,
-        )
 
     def _end(self, sequence: Sequence, now: float) -> None:
         if sequence.status is SequenceStatus.RUNNING:

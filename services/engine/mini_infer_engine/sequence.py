@@ -346,6 +346,15 @@ class Sequence:
             self.num_turned_together = turning_point + 1
             self.num_computed_tokens = 0
 
+    def accounting(self, now: float, num_steps: int) -> FinishAccounting:
+        """Where its time went, at monotonic time `now`, when so many steps have been scheduled."""
+        return self.times.accounting(
+            now,
+            num_steps,
+            num_cached_tokens=self.num_cached_tokens,
+            num_preemptions=self.num_preemptions,
+        )
+
     def tell(self, num_tokens: int) -> int:
         """Counts tokens of output that an update tells of; gives the position of the first."""
         start = self.num_told_tokens

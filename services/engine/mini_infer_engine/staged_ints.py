@@ -36,7 +36,7 @@ class StagedInts:
         """Integers at most."""
         return len(self._on_device)
 
-    def stage(self, parts: Sequence[Ints]) -> None:
+    def stage(self, parts: Sequence[Ints | Sequence[int]]) -> None:
         """Queues the copy of some parts, all of it from the beginning; earlier ones are gone.
 
         Only the copy before this one may still be under way.

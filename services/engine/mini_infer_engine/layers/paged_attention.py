@@ -22,22 +22,29 @@ class PagedAttentionInputs:
     Attributes:
         tokens: What is computed of the tokens, filled in by `prepare`.
         rows: The sequences.
+        num_seqs: Rows that are sequences; one of padding may follow them.
         num_decodes: Rows at the front with one token.
-        max_row_tokens: Tokens of the longest row.
+        max_row_tokens: Tokens of the longest sequence.
+        max_padding: Tokens of the row of padding.
         last_ids: [rows at most] int32, what the step before has chosen.
         block_tables: [slots, blocks] int32.
         block_size: Tokens in a block.
         plan: How the rows that decode are cut up.
+        attended: [T, num_q_heads, head_dim], where the outputs of each layer go, and stay until
+            those of the next one. Those of padding are not written.
     """
 
     tokens: TokenInputs
     rows: StepRows
+    num_seqs: int
     num_decodes: int
     max_row_tokens: int
+    max_padding: int
     last_ids: torch.Tensor
     block_tables: torch.Tensor
     block_size: int
     plan: DecodePlan
+    attended: torch.Tensor
 
     @property
     def positions(self) -> torch.Tensor:
@@ -61,7 +68,7 @@ class PagedAttentionInputs:
             self.last_ids,
             self.block_tables,
             self.block_size,
-            self.max_row_tokens,
+            max(self.max_row_tokens, self.max_padding),
             self.tokens,
         )
         if self.num_decodes:
@@ -70,9 +77,9 @@ class PagedAttentionInputs:
     def attend(
         self, query: torch.Tensor, cache: torch.Tensor, pattern: AttentionPattern
     ) -> torch.Tensor:
-        """As `AttentionInputs.attend`."""
-        split, slots, context_lens = self.num_decodes, self.rows.slots, self.tokens.context_lens
-        out = query.new_empty(query.shape)
+        """As `AttentionInputs.attend`; gives `attended`."""
+        split, num_seqs = self.num_decodes, self.num_seqs
+        slots, context_lens = self.rows.slots, self.tokens.context_lens
         if split:
             triton_decode_attention(
                 query[:split],
@@ -84,21 +91,21 @@ class PagedAttentionInputs:
                 pattern.scale,
                 window=pattern.window,
                 softcap=pattern.softcap,
-                out=out[:split],
+                out=self.attended[:split],
             )
-        if split < len(slots):
+        if split < num_seqs:
             # Its tokens' places count from the beginning of the step, so it gets all of them.
             triton_prefill_attention(
                 query,
                 cache,
                 self.block_tables,
-                slots[split:],
-                self.rows.starts[split:],
-                context_lens[split:],
+                slots[split:num_seqs],
+                self.rows.starts[split : num_seqs + 1],
+                context_lens[split:num_seqs],
                 self.max_row_tokens,
                 pattern.scale,
                 window=pattern.window,
                 softcap=pattern.softcap,
-                out=out,
+                out=self.attended,
             )
-        return out
+        return self.attended
