@@ -10,15 +10,14 @@ with the attention after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
-from harness import SHAPES, Report, cold, eager_timing, host_us, parse_options
+from harness import Report, cold, eager_timing, host_us, parse_options
 from mini_infer_kernels.decode_attention import triton_decode_attention
 from mini_infer_kernels.decode_plan import DecodePlan
 from mini_infer_kernels.reference.paged_attention import reference_decode_attention
+from model_heads import BLOCK_SIZE, Heads
 
-BLOCK_SIZE = 16
 EAGER_BYTES = 2**30
 """Caches up to this size are measured with eager PyTorch too, which copies them."""
 MIXED = (32768, *[500] * 255)
@@ -48,33 +47,11 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Heads:
-    """The heads of a model's attention."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, shape: str) -> Heads:
-        """The heads of one of the shapes."""
-        config = SHAPES[shape]
-        num_q_heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim", config["hidden_size"] // num_q_heads)
-        return cls(num_q_heads, config["num_key_value_heads"], head_dim)
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of a token's keys and values in bfloat16."""
-        return 4 * self.num_kv_heads * self.head_dim
-
-
 def inputs_of(heads: Heads, lengths: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """Query, cache, block tables, their rows and lengths."""
     counts = [-(-length // BLOCK_SIZE) for length in lengths]
-    query = torch.randn(len(lengths), heads.num_q_heads, heads.head_dim, device="cuda")
-    shape = (sum(counts), BLOCK_SIZE, 2 * heads.num_kv_heads, heads.head_dim)
+    query = torch.randn(len(lengths), heads.query, heads.dim, device="cuda")
+    shape = (sum(counts), BLOCK_SIZE, 2 * heads.kv, heads.dim)
     cache = torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
     blocks = torch.randperm(sum(counts), device="cuda").int().split(counts)
     tables = torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True)
@@ -87,18 +64,16 @@ def measure(
     report: Report, name: str, heads: Heads, lengths: Sequence[int], fa3_us: float | None
 ) -> None:
     """Adds a case."""
-    plan = DecodePlan(
-        len(lengths), heads.num_q_heads, heads.num_kv_heads, heads.head_dim, torch.device("cuda")
-    )
+    plan = DecodePlan(len(lengths), heads.query, heads.kv, heads.dim, torch.device("cuda"))
     plan.update(torch.tensor(lengths, dtype=torch.int32, device="cuda"))
-    scale = heads.head_dim**-0.5
+    scale = heads.dim**-0.5
 
     def make_call(pdl: bool = False) -> Callable[[], torch.Tensor]:
         inputs = inputs_of(heads, lengths)
         out = torch.empty_like(inputs[0])
         return lambda: triton_decode_attention(*inputs, plan, scale, out=out, pdl=pdl)
 
-    num_bytes = sum(lengths) * heads.token_bytes
+    num_bytes = sum(lengths) * 4 * heads.kv * heads.dim
     timing = cold(make_call, num_bytes)
     pdl_us = cold(lambda: make_call(pdl=True), num_bytes).median_us
     floor_us = report.floor_us(num_bytes)
@@ -125,7 +100,7 @@ def _eager_us(heads: Heads, lengths: Sequence[int]) -> float | None:
         return None
     query, cache, tables, _, _ = inputs_of(heads, lengths)
     tables = tables.long()
-    scale = heads.head_dim**-0.5
+    scale = heads.dim**-0.5
     return eager_timing(
         lambda: reference_decode_attention(query, cache, tables, None, scale)
     ).median_us
@@ -133,9 +108,7 @@ def _eager_us(heads: Heads, lengths: Sequence[int]) -> float | None:
 
 def measure_host(report: Report, heads: Heads) -> None:
     """Adds what a step and a layer cost the host, and a step's plan the device."""
-    plan = DecodePlan(
-        256, heads.num_q_heads, heads.num_kv_heads, heads.head_dim, torch.device("cuda")
-    )
+    plan = DecodePlan(256, heads.query, heads.kv, heads.dim, torch.device("cuda"))
     inputs = inputs_of(heads, [16] * 256)
     context_lens = inputs[-1]
     out = torch.empty_like(inputs[0])

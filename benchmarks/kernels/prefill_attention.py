@@ -7,16 +7,15 @@ of its columns were measured on an H200, paged, for 32 and 8 heads of 128 in bf1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from harness import SHAPES, Report, cold, eager_timing, host_us, parse_options
+from harness import Report, cold, eager_timing, host_us, parse_options
 from mini_infer_kernels.prefill_attention import triton_prefill_attention
 from mini_infer_kernels.reference.paged_attention import reference_prefill_attention
+from model_heads import BLOCK_SIZE, Heads
 
-BLOCK_SIZE = 16
 CELLS = {
     "1 x 512": ((512,), 512),
     "1 x 2048": ((2048,), 2048),
@@ -34,23 +33,7 @@ FA3_US = {
     "512 after 7680": 119.0,
     "2048 after 6144": 416.0,
 }
-FA3_HEADS = (32, 8, 128)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Query heads, key heads and their elements."""
-
-    query: int
-    kv: int
-    dim: int
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Heads:
-        """Of a model's config.json."""
-        query, hidden = config["num_attention_heads"], config["hidden_size"]
-        dim = config.get("head_dim", hidden // query)
-        return cls(query, config["num_key_value_heads"], dim)
+FA3_HEADS = Heads(query=32, kv=8, dim=128)
 
 
 @dataclass
@@ -72,7 +55,7 @@ class Batch:
         """Random ones in bf16; the query is a part of a wider product."""
         num_seqs, num_blocks = len(new_tokens), context // BLOCK_SIZE
         cache_shape = (num_seqs * num_blocks, BLOCK_SIZE, 2 * heads.kv, heads.dim)
-        product_shape = (sum(new_tokens), heads.query + 2 * heads.kv, heads.dim)
+        product_shape = (sum(new_tokens), heads.total, heads.dim)
         product = torch.randn(product_shape, dtype=torch.bfloat16, device="cuda")
         starts = torch.tensor((0, *new_tokens)).cumsum(0)
         blocks = torch.randperm(cache_shape[0], device="cuda").view(num_seqs, num_blocks)
@@ -126,7 +109,7 @@ def measure(report: Report, shape: str, heads: Heads, cell: str) -> None:
     num_bytes = 2 * (2 * sum(new_tokens) * heads.query * heads.dim + batch.cache.numel())
     timing = cold(lambda: Batch.draw(heads, new_tokens, context).call(), num_bytes)
     floor_us = report.floor_us(num_bytes, num_flops)
-    fa3_us = FA3_US[cell] if (heads.query, heads.kv, heads.dim) == FA3_HEADS else None
+    fa3_us = FA3_US[cell] if heads == FA3_HEADS else None
     report.add(
         shape=shape,
         heads=f"{heads.query}/{heads.kv} x {heads.dim}",
@@ -151,7 +134,7 @@ def main() -> None:
     report = Report("prefill_attention")
     for shape in options.shape:
         for cell in CELLS:
-            measure(report, shape, Heads.of(SHAPES[shape]), cell)
+            measure(report, shape, Heads.of(shape), cell)
     report.write()
     print("shape, cell: us, TFLOP/s, times FlashAttention-3")
     for case in report.cases:

@@ -8,10 +8,10 @@ import torch
 from against_torch import NUM_ROWS, add_case, print_table, random
 from harness import SHAPES, Report, parse_options
 from mini_infer_kernels.qk_norm_rope_store import triton_qk_norm_rope_store
+from model_heads import BLOCK_SIZE, Heads
 from rmsnorm import torch_rmsnorm
 from rope import torch_rope, turns
 
-BLOCK_SIZE = 16
 EPS = 1e-6
 
 
@@ -37,23 +37,22 @@ def torch_qk_norm_rope_store(
 
 
 def inputs(
-    num_tokens: int, sizes: tuple[int, int, int], weights: tuple[torch.Tensor | None, ...]
+    num_tokens: int, heads: Heads, weights: tuple[torch.Tensor | None, ...]
 ) -> tuple[Any, ...]:
     """Arguments of a call; the slots in random order.
 
     Args:
         num_tokens: How many.
-        sizes: Query heads, key and value heads, elements of a head.
+        heads: Of the model.
         weights: Of the norms.
     """
-    q_heads, kv_heads, head_dim = sizes
     num_blocks = -(-num_tokens // BLOCK_SIZE)
     cache = torch.empty(
-        num_blocks, BLOCK_SIZE, 2 * kv_heads, head_dim, dtype=torch.bfloat16, device="cuda"
+        num_blocks, BLOCK_SIZE, 2 * heads.kv, heads.dim, dtype=torch.bfloat16, device="cuda"
     )
     slots = torch.randperm(num_tokens, device="cuda")
-    heads = random(num_tokens, q_heads + 2 * kv_heads, head_dim)
-    return heads, *turns(num_tokens, head_dim), cache, slots, *weights, EPS
+    product = random(num_tokens, heads.total, heads.dim)
+    return product, *turns(num_tokens, heads.dim), cache, slots, *weights, EPS
 
 
 def main() -> None:
@@ -61,21 +60,16 @@ def main() -> None:
     options = parse_options(__doc__ or "")
     report = Report("qk_norm_rope_store")
     for name in options.shape:
-        config = SHAPES[name]
-        q_heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        head_dim = config.get("head_dim", config["hidden_size"] // q_heads)
-        is_normed = config["model_type"] == "qwen3"
-        weights = (random(head_dim), random(head_dim)) if is_normed else (None, None)
-        heads = q_heads + 2 * kv_heads
+        heads = Heads.of(name)
+        is_normed = SHAPES[name]["model_type"] == "qwen3"
+        weights = (random(heads.dim), random(heads.dim)) if is_normed else (None, None)
         for rows in NUM_ROWS:
             add_case(
                 report,
                 triton_qk_norm_rope_store,
                 torch_qk_norm_rope_store,
-                lambda rows=rows, sizes=(q_heads, kv_heads, head_dim), weights=weights: inputs(
-                    rows, sizes, weights
-                ),
-                2 * rows * head_dim * (2 * heads + 1),
+                lambda rows=rows, heads=heads, weights=weights: inputs(rows, heads, weights),
+                2 * rows * heads.dim * (2 * heads.total + 1),
                 op="qk_norm_rope_store",
                 shape=name,
                 rows=rows,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from against_torch import NUM_ROWS, add_case, print_table, random
-from harness import SHAPES, Report, parse_options
+from harness import Report, parse_options
 from mini_infer_kernels.rope import triton_rope
+from model_heads import Heads
 
 
 def torch_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -25,21 +26,19 @@ def main() -> None:
     options = parse_options(__doc__ or "")
     report = Report("rope")
     for name in options.shape:
-        config = SHAPES[name]
-        q_heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        head_dim = config.get("head_dim", config["hidden_size"] // q_heads)
-        heads = q_heads + kv_heads
+        heads = Heads.of(name)
+        num_heads = heads.query + heads.kv
         for rows in NUM_ROWS:
             add_case(
                 report,
                 triton_rope,
                 torch_rope,
-                lambda size=(rows, heads, head_dim): (random(*size), *turns(size[0], size[2])),
-                2 * rows * head_dim * (2 * heads + 1),
+                lambda size=(rows, num_heads, heads.dim): (random(*size), *turns(size[0], size[2])),
+                2 * rows * heads.dim * (2 * num_heads + 1),
                 op="rope",
                 shape=name,
                 rows=rows,
-                heads=heads,
+                heads=num_heads,
             )
     print_table(report)
     report.write()

@@ -92,11 +92,7 @@ def triton_decode_attention(
     if out is None:
         out = query.new_empty(query.shape)
     _check(query, cache, block_tables, plan, out)
-    if not len(table_rows) == len(context_lens) == plan.num_seqs:
-        raise ValueError(
-            f"{len(table_rows)} table_rows and {len(context_lens)} context_lens for "
-            f"{plan.num_seqs} sequences: pass one of each a sequence"
-        )
+    _check_numbers(len(query), len(table_rows), len(context_lens), plan.num_seqs)
     use_pdl = pdl and has_dependent_launch(query.device)
     num_programs = plan.num_kv_heads * plan.num_programs
     tensors = (
@@ -162,21 +158,29 @@ def _check(
     plan: DecodePlan,
     out: torch.Tensor,
 ) -> None:
-    num_seqs, num_q_heads, head_dim = query.shape
+    _, num_q_heads, head_dim = query.shape
     heads = (num_q_heads, plan.num_kv_heads, head_dim)
     if heads != (plan.num_q_heads, cache.shape[2] // 2, plan.head_dim):
         raise ValueError(
             f"query {tuple(query.shape)} and cache {tuple(cache.shape)} do not fit a plan of "
             f"{plan.num_q_heads} and {plan.num_kv_heads} heads of {plan.head_dim}"
         )
-    if num_seqs != plan.num_seqs:
-        raise ValueError(f"{num_seqs} sequences: call plan.update with their context_lens first")
     if not (query.dtype == cache.dtype == out.dtype):
         raise ValueError(f"types {query.dtype}, {cache.dtype}, {out.dtype} must be equal")
     if query.stride()[1:] != (head_dim, 1) or block_tables.stride(1) != 1:
         raise ValueError("the rows of query and block_tables must be contiguous")
     if not (cache.is_contiguous() and out.is_contiguous() and out.shape == query.shape):
         raise ValueError("cache and out must be contiguous, and out of query's shape")
+
+
+def _check_numbers(num_seqs: int, num_table_rows: int, num_lens: int, num_planned: int) -> None:
+    if num_seqs != num_planned:
+        raise ValueError(f"{num_seqs} sequences: call plan.update with their context_lens first")
+    if not num_table_rows == num_lens == num_seqs:
+        raise ValueError(
+            f"{num_table_rows} table_rows and {num_lens} context_lens for {num_seqs} sequences: "
+            "pass one of each a sequence"
+        )
 
 
 @triton.jit(do_not_specialize=["num_seqs", "window"])

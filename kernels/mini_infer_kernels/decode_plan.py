@@ -24,6 +24,7 @@ _PROGRAMS_PER_SM = 4
 """What the registers of a multiprocessor hold of the kernel at 64 threads a program."""
 _PROGRAMS_WITHOUT_GPU = 32
 _PROGRAM_BLOCK = 16
+"""Programs whose beginnings a program of `_schedule_kernel` finds."""
 
 
 class DecodePlan:

@@ -193,7 +193,7 @@ def triton_gemv(
         x: [M, K] bf16, fp16 or fp32, on a GPU.
         weight: [N, K], of x's type.
         bias: [N], of x's type, or None.
-        residual: [M, N or I], of x's type, written in place; or None.
+        residual: [M, N or I], of x's type, written in place while x is read: no part of x. Or None.
         norm_weight: [K], of x's type, or None.
         eps: Added to the mean square.
         gemma: The norm multiplies by 1 + norm_weight.

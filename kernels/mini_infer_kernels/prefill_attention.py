@@ -7,9 +7,7 @@ running maximum and sum (Dao, "FlashAttention-2", 2023), with exponentials to ba
 A program has one tile of queries of one sequence and one key head. The query heads of a group are
 rows of the same tile, token after token, so that they share every key that is read, and the tile
 spans few tokens. Tiles of keys that all rows see whole take no mask; only those at the diagonal
-and at the start of a window do.
-
-Hopper GPUs have a kernel of their own, `hopper_prefill`.
+and at the start of a window do. Hopper GPUs have a kernel of their own, `hopper_prefill`.
 """
 
 from __future__ import annotations
@@ -38,8 +36,9 @@ _LAUNCHES = {
 """Rows, keys, warps and stages by the size of an element and the columns of a tile.
 
 Measured on an H200 in bf16 with heads of 128: 128 rows with 32 keys take 7 to 13 % less where they
-fill the GPU, and 1.6 times as long where they do not; 128 keys or 8 warps are slower. The tiles of
-float32, whose products take no tensor cores, are the largest that stay in the registers.
+fill the GPU, and 1.6 times as long where they do not; 128 keys or 8 warps are slower. Heads of 256
+have half the keys, as many bytes. The tiles of float32, whose products take no tensor cores, are
+the largest that stay in the registers.
 """
 
 

@@ -33,7 +33,7 @@ from mini_infer.resolved_sampling import ResolvedSampling
 from mini_infer_engine.build import Engine, build_engine
 from mini_infer_engine.pipeline import FinishedBatch, StepPipeline
 from mini_infer_engine.sequence import StreamKey
-from mini_infer_engine.trial_run import largest_prompts, trial_batch
+from mini_infer_engine.trial_run import largest_batch, largest_prompts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -386,7 +386,7 @@ def test_weights_and_blocks_take_nearly_all_of_the_free_memory(tmp_path: Path) -
             config.max_num_seqs, config.max_num_batched_tokens, engine.served.max_model_len - 1
         )
         # What is left is enough for the largest step.
-        engine.runner.run(trial_batch(lengths, config.block_size, MAX_LOGPROBS))
+        engine.runner.run(largest_batch(lengths, config.block_size))
     finally:
         engine.served.grammars.close()
         engine.model.free()

@@ -6,11 +6,15 @@ of slots.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from mini_infer_kernels.reference.paged_attention import reference_prefill_attention
+from paged_caches import PagedCache
 from triton_functions import DEVICE, prepare_triton
 
 prepare_triton()
@@ -59,28 +63,21 @@ class Inputs:
 
 
 def draw(case: Case, dtype: torch.dtype) -> Inputs:
-    """Shuffled blocks, and rows of block_tables that belong to nobody."""
     generator = torch.Generator().manual_seed(len(str(case)))
-    num_blocks = [-(-context // case.block_size) for _, context in case.sequences]
-    free = torch.randperm(sum(num_blocks) + 3, generator=generator).int()
-    cache = torch.full(
-        (len(free), case.block_size, 2 * case.num_kv_heads, case.head_dim),
-        HUGE if dtype is not torch.float16 else 6e4,
-        dtype=torch.float64,
-    )
-    rows = torch.randperm(len(num_blocks) + 2, generator=generator).int()[: len(num_blocks)]
-    tables = torch.full((len(num_blocks) + 2, max(num_blocks) + 1), 2**30, dtype=torch.int32)
-    for row, count, (_, context) in zip(rows, num_blocks, case.sequences, strict=True):
-        blocks, free = free[:count], free[count:]
-        tables[row, :count] = blocks
-        slots = torch.randn(context, *cache.shape[2:], generator=generator, dtype=torch.float64)
-        where = torch.arange(context)
-        cache[blocks[where // case.block_size].long(), where % case.block_size] = slots
+    slots = (case.block_size, 2 * case.num_kv_heads, case.head_dim)
+    garbage = HUGE if dtype is not torch.float16 else 6e4
+    contexts = [context for _, context in case.sequences]
+    paged = PagedCache.draw(contexts, slots, garbage, generator, torch.float64)
     num_tokens = sum(new for new, _ in case.sequences)
     query = torch.randn(
         num_tokens, case.num_q_heads, case.head_dim, generator=generator, dtype=torch.float64
     )
-    return Inputs(query.to(dtype).double(), cache.to(dtype).double(), tables, rows)
+    return Inputs(
+        query.to(dtype).double(),
+        paged.cache.to(dtype).double(),
+        paged.block_tables,
+        paged.table_rows,
+    )
 
 
 def attend(case: Case, inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
@@ -267,6 +264,8 @@ def test_what_the_kernel_for_hopper_takes(
     if taken:
         # Blocks that do not follow each other are no table of slots for the copy engine.
         assert not runs_on_hopper(query, torch.cat([cache, cache], 1)[:, : cache_shape[1]])
+        shifted = torch.zeros(cache.numel() + 1, dtype=dtype)[1:].view(cache_shape)
+        assert not runs_on_hopper(query, shifted)
 
 
 def test_nothing_to_do() -> None:
@@ -300,6 +299,19 @@ def test_refusals(query: torch.Tensor, cache: torch.Tensor, message: str) -> Non
         triton_prefill_attention(query, cache, ints[None], ints[:1], ints, ints[:1], 3, 1.0)
 
 
+def test_heads_and_numbers_of_sequences_that_are_refused() -> None:
+    ints = torch.zeros(3, dtype=torch.int32)
+    query, cache = torch.zeros(3, 4, 64), torch.zeros(2, 16, 4, 64)
+    for rows, starts, lengths in ((1, 3, 2), (2, 2, 2), (2, 3, 1)):
+        with pytest.raises(ValueError, match="as many table_rows and one more query_starts"):
+            triton_prefill_attention(
+                query, cache, ints[None], ints[:rows], ints[:starts], ints[:lengths], 3, 1.0
+            )
+    query, cache = torch.zeros(3, 4, 512), torch.zeros(2, 16, 4, 512)
+    with pytest.raises(ValueError, match="head_dim 512 at 32 bits: at most 256"):
+        triton_prefill_attention(query, cache, ints[None], ints[:2], ints, ints[:2], 3, 1.0)
+
+
 def test_an_output_of_another_shape_is_refused() -> None:
     ints = torch.zeros(2, dtype=torch.int32)
     query, cache = torch.zeros(3, 4, 64), torch.zeros(2, 16, 4, 64)
@@ -307,3 +319,17 @@ def test_an_output_of_another_shape_is_refused() -> None:
         triton_prefill_attention(
             query, cache, ints[None], ints[:1], ints, ints[:1], 3, 1.0, out=torch.zeros(3, 4, 32)
         )
+
+
+def test_another_release_of_triton_does_without_the_kernel_for_hopper() -> None:
+    """In a process of its own, where the release is another and what is experimental is gone."""
+    script = """
+import sys, triton
+triton.__version__ = "3.7.1"
+sys.modules["triton.experimental"] = None
+from mini_infer_kernels import prefill_attention
+assert callable(prefill_attention.triton_prefill_attention)
+assert not any(name.startswith("mini_infer_kernels.hopper") for name in sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)

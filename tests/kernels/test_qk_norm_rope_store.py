@@ -105,6 +105,11 @@ def test_what_is_not_taken_is_said() -> None:
     weight = random(16)
     with pytest.raises(ValueError, match="or neither"):
         triton_qk_norm_rope_store(heads, cos, sin, cache, slots, q_weight=weight)
+    for weights in ((weight, random(8)), (weight.half(), weight)):
+        with pytest.raises(ValueError, match=r"weight must be contiguous \[16\]"):
+            triton_qk_norm_rope_store(heads, cos, sin, cache, slots, *weights)
+    with pytest.raises(ValueError, match=r"slot_mapping must be contiguous \[3\]"):
+        triton_qk_norm_rope_store(heads, cos, sin, cache, slots[:2])
     with pytest.raises(ValueError, match="adjacent"):
         triton_qk_norm_rope_store(heads.transpose(0, 1), cos, sin, cache, slots)
     with pytest.raises(ValueError, match="cos and sin"):

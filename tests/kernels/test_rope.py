@@ -73,6 +73,18 @@ def test_heads_in_any_order_of_strides() -> None:
     assert_close(x, expected)
 
 
+def test_heads_that_32_bits_do_not_reach() -> None:
+    """Of gigabytes that are never touched, but for the heads."""
+    width, head_stride = 16, 2**30
+    memory = torch.empty(2 * head_stride + 64, dtype=torch.float16, device=DEVICE)
+    x = memory.as_strided((2, 3, width), (width, head_stride, 1))
+    x.copy_(random(2, 3, width, dtype=torch.float16))
+    cos, sin = turns(2, width, torch.float16)
+    expected = turned(x, cos, sin)
+    triton_rope(x, cos, sin)
+    assert_close(x, expected)
+
+
 def test_no_tokens() -> None:
     triton_rope(random(0, 4, 16), *turns(0, 16, torch.float32))
 
@@ -127,3 +139,6 @@ def test_stores_refuse_other_layouts() -> None:
         triton_store_kv(random(3, 6, 8).half(), cache, slots)
     with pytest.raises(ValueError, match="one layer"):
         triton_store_kv(random(3, 6, 8), random(2, 3, 4, 6, 8)[:, 1], slots)
+    for others in (slots[:2], torch.arange(6, device=DEVICE)[::2]):
+        with pytest.raises(ValueError, match=r"slot_mapping must be contiguous \[3\]"):
+            triton_store_kv(random(3, 6, 8), cache, others)

@@ -81,7 +81,7 @@ def triton_token_logprobs(
     return logprobs, ranks, top_ids, top_logprobs
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
 def _scan_kernel(
     logits_ptr: tl.tensor,
     row_stride: tl.tensor,
@@ -111,7 +111,7 @@ def _scan_kernel(
     tl.store(chunk_ranks_ptr + place, tl.sum((logits > chosen).to(tl.int32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"], do_not_specialize_on_alignment=["ids_ptr"])
 def _rank_kernel(
     logits_ptr: tl.tensor,
     row_stride: tl.tensor,

@@ -87,7 +87,10 @@ def triton_apply_penalties(
         )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_pairs"],
+    do_not_specialize_on_alignment=["rows_ptr", "ids_ptr", "values_ptr"],
+)
 def _add_to_logits_kernel(
     logits_ptr: tl.tensor,
     row_stride: tl.tensor,
@@ -105,7 +108,7 @@ def _add_to_logits_kernel(
     tl.atomic_add(logits_ptr + rows * row_stride + ids, values, mask=inside, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _reset_counts_kernel(
     counts_ptr: tl.tensor,
     vocab_size: tl.tensor,
@@ -127,7 +130,10 @@ def _reset_counts_kernel(
     tl.store(num_distinct_ptr + slot, 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_tokens"],
+    do_not_specialize_on_alignment=["slots_ptr", "ids_ptr", "is_output_ptr"],
+)
 def _count_tokens_kernel(
     counts_ptr: tl.tensor,
     vocab_size: tl.tensor,
@@ -155,7 +161,9 @@ def _count_tokens_kernel(
     tl.store(distinct_ids_ptr + slots * max_distinct + places, ids.to(tl.int32), mask=fits)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=["slots_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr"]
+)
 def _apply_penalties_kernel(
     logits_ptr: tl.tensor,
     row_stride: tl.tensor,

@@ -36,7 +36,7 @@ from mini_infer_engine.scheduler import Scheduler
 from mini_infer_engine.served_model import ServedModel, read_served_model
 from mini_infer_engine.step_costs import StepCoefficients
 from mini_infer_engine.tied_weights import with_stored_ties
-from mini_infer_engine.trial_run import StepTimes, measure_step_times
+from mini_infer_engine.trial_run import StepTimes, measure_step_times, warm_up
 
 log = structlog.get_logger("engine")
 
@@ -112,6 +112,8 @@ def build_engine(
         ConfigError: Where the model folder or the device cannot do what was asked.
     """
     served, backend = _read_model(config)
+    if backend.device.type == "cuda" and backend.device.index is not None:
+        torch.cuda.set_device(backend.device)  # kernels are launched on the current device
     model, num_stored_bytes = _load_model(config, served, backend, on_progress)
     is_small = num_stored_bytes < SMALL_MODEL_BYTES
     if num_threads := config.num_threads or (is_small and small_model_threads):
@@ -122,7 +124,10 @@ def build_engine(
     served = _within_cache(config, served, cache_size)
     num_rounds = min(MERGED_ROUNDS, config.block_size) if merge_decode_steps and is_small else 1
     runner = _make_runner(served, model, execution, cache_size, num_rounds)
-    times = measure_step_times(runner, served.max_model_len - 1)
+    if backend.device.type == "cuda":
+        warm_up(runner, config.max_num_seqs, config.max_num_batched_tokens)
+    longest_prompt = min(served.max_model_len - 1, config.max_num_batched_tokens)
+    times = measure_step_times(runner, longest_prompt)
     return Engine(
         config=config,
         served=served,

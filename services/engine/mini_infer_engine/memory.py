@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from mini_infer.config import EngineConfig
 from mini_infer.errors import ConfigError
-from mini_infer.logprobs import MAX_LOGPROBS
 
 from mini_infer_engine.execution import Execution, StepGraphs
 from mini_infer_engine.kv_cache import STAGING_BYTES, KVCache, KVCacheSpec
 from mini_infer_engine.layers.decoder import CausalLM
 from mini_infer_engine.model_runner import ModelRunner
-from mini_infer_engine.trial_run import largest_prompts, num_trial_blocks, trial_batch
+from mini_infer_engine.trial_run import largest_batch, largest_prompts, num_trial_blocks
 
 GIB = 2**30
 CUDA_SWAP_GIB = 4.0
@@ -184,7 +183,7 @@ def _free_cuda_bytes(
     torch.cuda.synchronize(spec.device)
     before = torch.cuda.memory_allocated(spec.device)
     torch.cuda.reset_peak_memory_stats(spec.device)
-    runner.run(trial_batch(prompt_lens, spec.block_size, num_logprobs=MAX_LOGPROBS))
+    runner.run(largest_batch(prompt_lens, spec.block_size))
     # Blocks on their way and the step that follows do not take memory at the same time.
     step_bytes = max(torch.cuda.max_memory_allocated(spec.device) - before, STAGING_BYTES)
     graph_bytes = _graph_bytes(execution.graphs, cache)

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
-from mini_infer.logprobs import NO_LOGPROBS
+from mini_infer.logprobs import MAX_LOGPROBS
 from mini_infer.resolved_sampling import ResolvedSampling
 
 from mini_infer_engine.batch import ScheduledBatch
@@ -24,6 +25,8 @@ from mini_infer_engine.sequence import StreamKey
 
 _TIMED_TOKENS = 512
 _TIMED_BLOCKS = 64
+_WARM_UP_PROMPTS = ((1,), (3,), (1, 2))
+"""Rows that decode, others, and both."""
 _LEAST_SHARE = 0.1
 """Of the time of a prompt's step, for its tokens."""
 
@@ -44,15 +47,19 @@ class StepTimes:
 
 
 def largest_prompts(max_num_seqs: int, max_num_batched_tokens: int, longest: int) -> list[int]:
-    """Lengths of prompts that make the largest step: one long prompt, and a row for all others.
+    """Lengths of prompts that make the largest step: long ones first, and a row for all others.
 
     Args:
         max_num_seqs: Sequences in a step at most.
         max_num_batched_tokens: Tokens in a step at most, at least `max_num_seqs`.
         longest: Tokens that a prompt can have at most.
     """
-    first = min(longest, max_num_batched_tokens - max_num_seqs + 1)
-    return [first, *[1] * (max_num_seqs - 1)]
+    lengths = []
+    num_left = max_num_batched_tokens
+    for num_others in range(max_num_seqs - 1, -1, -1):
+        lengths.append(min(longest, num_left - num_others))
+        num_left -= lengths[-1]
+    return lengths
 
 
 def num_trial_blocks(prompt_lens: Sequence[int], block_size: int) -> int:
@@ -60,21 +67,30 @@ def num_trial_blocks(prompt_lens: Sequence[int], block_size: int) -> int:
     return sum(-(-(length + 1) // block_size) for length in prompt_lens)
 
 
+_DRAWN = ResolvedSampling(temperature=1.0, top_k=0, top_p=0.9, seed=0, max_tokens=1)
+_ALL_ON = msgspec.structs.replace(
+    _DRAWN,
+    repetition_penalty=1.1,
+    presence_penalty=0.1,
+    frequency_penalty=0.1,
+    bias_ids=[0],
+    bias_values=[1.0],
+    num_logprobs=MAX_LOGPROBS,
+)
+_WITH_PROMPT_LOGPROBS = msgspec.structs.replace(_ALL_ON, num_prompt_logprobs=MAX_LOGPROBS)
+
+
 def trial_batch(
-    prompt_lens: Sequence[int], block_size: int, num_logprobs: int = NO_LOGPROBS
+    prompt_lens: Sequence[int], block_size: int, sampling: ResolvedSampling = _DRAWN
 ) -> ScheduledBatch:
     """The step that computes these prompts at once and samples a token for each.
 
     Args:
         prompt_lens: Tokens of each.
         block_size: Of the cache.
-        num_logprobs: Likeliest tokens to tell with each sampled one, or `NO_LOGPROBS`.
+        sampling: How.
     """
     running = RunningBatch(len(prompt_lens))
-    # Not greedy, so that sampling takes what it can take.
-    sampling = ResolvedSampling(
-        temperature=1.0, top_k=0, top_p=0.9, seed=0, max_tokens=1, num_logprobs=num_logprobs
-    )
     num_blocks = 0
     for stream, length in enumerate(prompt_lens):
         key = StreamKey(b"", stream)
@@ -86,6 +102,28 @@ def trial_batch(
     decodes = [each for each in running if each.num_tokens == 1]
     prefills = [(each, each.num_tokens) for each in running if each.num_tokens > 1]
     return running.build(0, decodes, prefills, BlockTransfers())
+
+
+def largest_batch(prompt_lens: Sequence[int], block_size: int) -> ScheduledBatch:
+    """As `trial_batch`, with everything that takes memory."""
+    return trial_batch(prompt_lens, block_size, _ALL_ON)
+
+
+def warm_up(runner: ModelRunner, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    """Runs small steps that ask for everything, so that their kernels are compiled.
+
+    Args:
+        runner: Its caches hold nothing yet.
+        max_num_seqs: Sequences in a step at most.
+        max_num_batched_tokens: Tokens in a step at most.
+    """
+    block_size, num_blocks = runner.cache.spec.block_size, runner.cache.num_blocks
+    for prompt_lens in _WARM_UP_PROMPTS:
+        num_tokens = sum(prompt_lens)
+        is_allowed = len(prompt_lens) <= max_num_seqs and num_tokens <= max_num_batched_tokens
+        if is_allowed and num_trial_blocks(prompt_lens, block_size) <= num_blocks:
+            for sampling in (_DRAWN, _ALL_ON, _WITH_PROMPT_LOGPROBS):
+                runner.run(trial_batch(prompt_lens, block_size, sampling))
 
 
 def measure_step_times(runner: ModelRunner, longest: int) -> StepTimes:
