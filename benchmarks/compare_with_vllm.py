@@ -1,6 +1,6 @@
 """This engine and vLLM side by side on one GPU: the same shapes and requests, in turns.
 
-Each engine lives in a process of its own with half of the GPU's memory, weights drawn at random,
+Each engine lives in a process of its own with 45 % of the GPU's memory, weights drawn at random,
 greedy decoding to the full length, prefix cache off. They run A-B-A-B after a warm-up each, so
 that clocks and neighbours are the same for both. Prints a line of JSON a case with both medians
 and their ratio, and writes `benchmarks/results/compare_with_vllm.json`. Needs vLLM:

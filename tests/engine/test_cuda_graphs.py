@@ -392,3 +392,24 @@ def test_weights_and_blocks_take_nearly_all_of_the_free_memory(tmp_path: Path) -
         engine.model.free()
         del engine
         free_bytes()  # for the tests behind this one
+
+
+def test_a_closed_engine_leaves_its_memory_to_the_next_one(tmp_path: Path) -> None:
+    """With the default sizes, whose graphs are captured twice: once to see what they take."""
+    write_folder(tmp_path)
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", swap_space_gib=0)
+    free_bytes()
+    gc.disable()
+    try:
+        ids = []
+        for _ in range(2):
+            with LLMEngine(config) as engine:
+                outputs = engine.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True)
+                ids.append([output.token_ids for output in outputs])
+                capacity = engine._engine.cache_size.num_tokens
+            del engine
+            ids.append(capacity)
+    finally:
+        gc.enable()
+    assert ids[0] == ids[2]
+    assert abs(ids[1] - ids[3]) < 0.01 * ids[1]

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from architectures.checkpoints import random_model, write_folder
@@ -162,3 +163,26 @@ def test_staged_parts_do_not_overlap() -> None:
         views = staged.views(lengths)
         assert [view.tolist() for view in views] == parts
         assert all(view.data_ptr() % 16 == views[0].data_ptr() % 16 for view in views)
+
+
+def test_padding_is_of_no_row_whatever_was_staged_before(made: Callable[[str], Engine]) -> None:
+    engine = made(FAST)
+    spec = engine.cache_size.spec
+    limits = PagedLimits(max_num_seqs=4, max_num_tokens=16, max_num_blocks=4, token_sizes=(16,))
+    buffers = PagedInputBuffers(
+        spec,
+        limits,
+        num_q_heads=engine.served.config.num_q_heads,
+        windows=engine.served.config.windows,
+    )
+    cache = engine.runner.cache
+    capacity = buffers._staged.capacity
+    for make, sizes in ((buffers.padding_rows, row_sizes(4)), (buffers.padding_tokens, [16])):
+        for size in sizes:
+            buffers._staged.stage([np.full(capacity, -77)])
+            inputs = make(size, cache)
+            inputs.attention.prepare()
+            assert inputs.token_ids.tolist() == [0] * size
+            assert inputs.attention.slot_mapping.tolist() == [-1] * size
+            assert inputs.attention.positions.tolist() == [0] * size
+            assert not inputs.attention.tokens.context_lens.any()

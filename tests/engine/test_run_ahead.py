@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from engine.runners import AheadRunner, runner_of
 from mini_infer import EngineConfig, GenerationOutput, LLMEngine, SamplingParams
 from mini_infer.structured_output import StructuredOutput
+from mini_infer_engine.batch import FillMasks, LaunchedTokens, ScheduledBatch, StepTokens
 from mini_infer_engine.build import Engine
 from mini_infer_engine.pipeline import StepPipeline
 from mini_infer_engine.sequence import StreamKey
+from mini_infer_engine.step_costs import StepWork
 
 PROMPTS = [f"Once upon a time{' there was a' * (index % 5)}" for index in range(12)]
 SHARED = {"max_tokens": 24, "seed": 5}
@@ -43,13 +46,13 @@ def engine() -> Iterator[LLMEngine]:
 @pytest.fixture
 def ahead(engine: LLMEngine) -> Iterator[AheadRunner]:
     """The engine's runner, which runs ahead until the test is over."""
-    loaded = engine._engine
-    runner = AheadRunner(loaded.runner)
-    engine._loaded = replace(loaded, runner=runner)  # type: ignore[arg-type]
+    own = engine._engine.runner
+    runner = AheadRunner(own)
+    engine._loaded = replace(engine._engine, runner=runner)  # type: ignore[arg-type]
     yield runner
-    engine._loaded = loaded
-    assert loaded.pool.num_used == 0
-    assert loaded.scheduler.is_idle
+    engine._loaded = replace(engine._engine, runner=own)
+    assert engine._engine.pool.num_used == 0
+    assert engine._engine.scheduler.is_idle
 
 
 def told(outputs: list[GenerationOutput]) -> list[tuple[Any, ...]]:
@@ -102,3 +105,67 @@ def test_no_step_is_computed_in_vain_where_the_end_is_known(
 ) -> None:
     assert steps_of(engine._engine, 12) == 12
     assert ahead.num_ahead == 11
+
+
+def test_a_stop_string_costs_no_step_where_none_runs_ahead(engine: LLMEngine) -> None:
+    (whole,) = engine.generate(PROMPTS[0], max_tokens=12, temperature=0.0)
+    before = engine.num_steps
+    (output,) = engine.generate(PROMPTS[0], max_tokens=12, temperature=0.0, stop=[whole.text[4:6]])
+    assert output.finish_reason == "stop"
+    assert output.stop_string == whole.text[4:6]
+    num_ids = len(output.token_ids)
+    assert engine.num_steps - before == num_ids
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
+def test_steps_that_were_broken_off_leave_nothing_behind(
+    engine: LLMEngine,
+    ahead: AheadRunner,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupt: type[BaseException],
+) -> None:
+    options = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True}
+    expected = told(engine.generate(PROMPTS, **options))
+    cache, launch, num_launched = ahead.cache, ahead.launch, 0
+
+    def launch_some(batch: ScheduledBatch, fill_masks: FillMasks) -> LaunchedTokens:
+        nonlocal num_launched
+        num_launched += 1
+        launched = launch(batch, fill_masks)
+        if num_launched < 6:
+            return launched
+
+        def fail() -> StepTokens:
+            launched()
+            cache.fill(np.unique(batch.block_tables), float("nan"))
+            raise interrupt
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ahead, "launch", launch_some)
+        with pytest.raises(interrupt):
+            engine.generate(PROMPTS, **options)
+    assert engine._engine.pool.num_used == 0
+    assert cache.layers.isfinite().all()
+    assert told(engine.generate(PROMPTS, **options)) == expected
+
+
+def test_what_is_told_of_a_step_ahead_is_true(engine: LLMEngine, ahead: AheadRunner) -> None:
+    loaded = engine._engine
+    noted: list[StepWork] = []
+    loaded.scheduler.costs.note = lambda work, seconds: noted.append(work)  # type: ignore
+    pipeline = StepPipeline(loaded.scheduler, loaded.runner, loaded.served.fill_masks)
+    sampling = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True).resolve(
+        loaded.served.defaults, num_prompt_tokens=4, max_model_len=64, seed=0, bad_words=[]
+    )
+    (sequence,) = loaded.served.sequences([StreamKey(b"", 10**7)], [5, 6, 7, 8], sampling)
+    loaded.scheduler.add(sequence, now=time.monotonic())
+    first = loaded.scheduler.num_steps + 1
+    ends = []
+    while not pipeline.is_idle:
+        ends += pipeline.finish(pipeline.launch()).updates.ends.values()
+    del loaded.scheduler.costs.note
+    assert [work.num_context_tokens for work in noted] == [0, 4, 5, 6, 7, 8]
+    assert loaded.scheduler.num_steps == first + 5
+    assert [end.accounting.num_steps for end in ends] == [6]

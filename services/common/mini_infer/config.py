@@ -73,8 +73,8 @@ class EngineConfig:
         dtype: Of weights and KV cache; "auto" means the checkpoint's on CUDA, float32 on a CPU.
         load_format: "safetensors" reads the checkpoint; "dummy" draws weights from a fixed seed on
             the device instead, for measurements of a shape of which there is only config.json.
-        enforce_eager: Whether decoding steps on CUDA run kernel by kernel in place of CUDA graphs:
-            slower, for debugging.
+        enforce_eager: Whether steps on CUDA run kernel by kernel in place of CUDA graphs: slower,
+            for debugging.
         num_threads: Threads of matrix products on a CPU, for the whole process. 0 leaves them
             to torch; but the engine process takes one for a small model, because gateway and
             tokenizer share the cores, and threads that wait for each other lose more than they

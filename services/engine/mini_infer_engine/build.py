@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from mini_infer_engine.captured_decode import CAN_RECORD, CapturedDecode, captur
 from mini_infer_engine.dummy_weights import draw_weights
 from mini_infer_engine.execution import (
     Execution,
+    StepGraphs,
     choose_kernels,
     make_execution,
     needs_rotation_lens,
@@ -62,6 +64,7 @@ class Engine:
         model: What the runner runs.
         cache_size: What its cache holds.
         times: How long parts of a step took in a trial.
+        graphs: Its captured steps, where there are some.
     """
 
     config: EngineConfig
@@ -71,11 +74,18 @@ class Engine:
     model: CausalLM
     cache_size: CacheSize
     times: StepTimes
+    graphs: StepGraphs | None = None
 
     @property
     def pool(self) -> BlockPool:
         """The blocks, which the scheduler alone changes."""
         return self.scheduler.blocks.pool
+
+    def close(self) -> None:
+        """Ends its threads and gives the memory of its graphs back."""
+        self.served.grammars.close()
+        if self.graphs is not None:
+            self.graphs.close()
 
     @property
     def seconds_per_token(self) -> float:
@@ -83,10 +93,14 @@ class Engine:
         return self.times.step_s / _FEW_TOKENS + self.times.token_s
 
     def with_empty_queues(self) -> Engine:
-        """The same model without any sequence: what to go on with where a step was broken off."""
+        """The same model without any sequence: what to go on with where steps were broken off."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        # What such a step has written may not be finite.
         condemned = self.scheduler.blocks.take_transfers().zero_blocks
+        condemned += self.scheduler.blocks_under_way()
         if condemned:
-            self.runner.cache.fill(np.array(condemned), 0.0)
+            self.runner.cache.fill(np.unique(condemned), 0.0)
         learnt = self.scheduler.costs.coefficients
         return replace(self, scheduler=_make_scheduler(self.config, self.cache_size, learnt))
 
@@ -112,21 +126,30 @@ def build_engine(
         ConfigError: Where the model folder or the device cannot do what was asked.
     """
     served, backend = _read_model(config)
-    if backend.device.type == "cuda" and backend.device.index is not None:
-        torch.cuda.set_device(backend.device)  # kernels are launched on the current device
-    model, num_stored_bytes = _load_model(config, served, backend, on_progress)
-    is_small = num_stored_bytes < SMALL_MODEL_BYTES
-    if num_threads := config.num_threads or (is_small and small_model_threads):
-        torch.set_num_threads(num_threads)
+    # Kernels are launched, and captured, on the current device.
+    is_cuda = backend.device.type == "cuda"
+    with torch.cuda.device(backend.device) if is_cuda else nullcontext():
+        model, num_stored_bytes = _load_model(config, served, backend, on_progress)
+        is_small = num_stored_bytes < SMALL_MODEL_BYTES
+        if num_threads := config.num_threads or (is_small and small_model_threads):
+            torch.set_num_threads(num_threads)
+        merges = merge_decode_steps and is_small
+        return _put_together(config, served, backend, model, merges=merges)
+
+
+def _put_together(
+    config: EngineConfig, served: ServedModel, backend: Backend, model: CausalLM, *, merges: bool
+) -> Engine:
+    """Everything around a loaded model; `merges`: a lone row may make several tokens a step."""
     spec = _cache_spec(config, served, backend)
     execution = make_execution(config, served, spec, model)
     cache_size = _size_cache(config, served, spec, model, execution)
     served = _within_cache(config, served, cache_size)
-    num_rounds = min(MERGED_ROUNDS, config.block_size) if merge_decode_steps and is_small else 1
+    num_rounds = min(MERGED_ROUNDS, config.block_size) if merges else 1
     runner = _make_runner(served, model, execution, cache_size, num_rounds)
-    if backend.device.type == "cuda":
-        warm_up(runner, config.max_num_seqs, config.max_num_batched_tokens)
     longest_prompt = min(served.max_model_len - 1, config.max_num_batched_tokens)
+    if spec.device.type == "cuda":
+        warm_up(runner, config.max_num_seqs, longest_prompt)
     times = measure_step_times(runner, longest_prompt)
     return Engine(
         config=config,
@@ -138,6 +161,7 @@ def build_engine(
         model=model,
         cache_size=cache_size,
         times=times,
+        graphs=execution.graphs,
     )
 
 

@@ -7,7 +7,7 @@ anywhere else torch's own operations do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -32,19 +32,34 @@ _OPERATIONS_PER_S = 700e12
 """Of a large product of 16-bit numbers on an H200."""
 _LEAST_LAUNCH_BOUND, _MOST_LAUNCH_BOUND = 256, 2048
 
+if TYPE_CHECKING:
+    from mini_infer_engine.graphed_choice import GraphedChoice
+    from mini_infer_engine.graphed_forward import GraphedForward
+
 log = structlog.get_logger("engine")
 
 
-class StepGraphs(Protocol):
-    """Steps that are captured over a cache."""
+class StepGraphs:
+    """The graphs of an engine: those of the model over its cache, and those of the choice."""
+
+    def __init__(self, forward: GraphedForward, choice: GraphedChoice) -> None:
+        """Captures the choice, which has nothing to do with the cache."""
+        self._forward = forward
+        self._choice = choice
+        choice.capture()
 
     def capture(self, cache: KVCache) -> None:
-        """Captures them; those of another cache must have been released."""
-        ...
+        """Captures the model's steps; those over another cache must have been released."""
+        self._forward.capture(cache)
 
     def release(self) -> None:
-        """Gives their memory back."""
-        ...
+        """Gives the memory of the model's steps back."""
+        self._forward.release()
+
+    def close(self) -> None:
+        """Gives all memory back."""
+        self._choice.release()
+        self._forward.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +139,16 @@ def _triton_execution(
     from mini_infer_engine.graphed_forward import GraphedForward
     from mini_infer_engine.paged_inputs import PagedInputBuffers, PagedLimits
 
-    sizes = token_sizes(_num_launch_bound_tokens(served.config, config.max_num_batched_tokens))
+    vocab_size = served.config.vocab_size
+    sizes: list[int] = []
+    if not config.enforce_eager:
+        most = _num_launch_bound_tokens(served.config, config.max_num_batched_tokens)
+        sizes = token_sizes(most)
     limits = PagedLimits(
         max_num_seqs=config.max_num_seqs,
         max_num_tokens=config.max_num_batched_tokens,
         max_num_blocks=-(-served.max_model_len // spec.block_size),
-        token_sizes=() if config.enforce_eager else sizes,
+        token_sizes=sizes,
     )
     buffers = PagedInputBuffers(
         spec,
@@ -138,22 +157,19 @@ def _triton_execution(
         windows=served.config.windows,
         needs_rotation_lens=needs_rotation_lens(served),
     )
-    vocab_size = served.config.vocab_size
     forward = GraphedForward(model, buffers, config.max_num_seqs, vocab_size, sizes)
     kernels = triton_sampling()
     choice = GraphedChoice(kernels, forward.logits, buffers.results)
     sampler = Sampler(
         kernels,
-        vocab_size=served.config.vocab_size,
+        vocab_size=vocab_size,
         max_num_seqs=config.max_num_seqs,
         max_model_len=served.max_model_len,
         device=spec.device,
         choice=choice,
     )
-    if config.enforce_eager:
-        return Execution(forward, buffers, sampler, runs_ahead=True)
-    choice.capture()
-    return Execution(forward, buffers, sampler, runs_ahead=True, graphs=forward)
+    graphs = None if config.enforce_eager else StepGraphs(forward, choice)
+    return Execution(forward, buffers, sampler, runs_ahead=True, graphs=graphs)
 
 
 def _num_launch_bound_tokens(config: ModelConfig, max_num_batched_tokens: int) -> int:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 _FIRST_ROWS = (1, 2, 4)
 _ROW_STEPS = ((256, 8), (512, 16))
 _LAST_ROW_STEP = 32
-_TOKEN_STEPS = ((128, 16), (256, 32), (512, 64))
-_LAST_TOKEN_STEP = 128
+_TOKEN_STEPS = ((128, 16), (256, 32), (512, 64), (1024, 128))
+_LAST_TOKEN_STEP = 256
 
 
 def row_sizes(max_num_seqs: int) -> list[int]:

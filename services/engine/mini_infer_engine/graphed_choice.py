@@ -44,18 +44,29 @@ class GraphedChoice:
         self._controls = ControlBuffers(max_num_seqs, vocab_size, logits.device)
         self._results = results
         self._on_host = deque(_HostResults(max_num_seqs) for _ in range(_NUM_UNDER_WAY))
-        self._likeliest = GraphsBySize(self._run_likeliest)
-        self._draw = GraphsBySize(self._run_draw)
+        self._likeliest = GraphsBySize()
+        self._draws = GraphsBySize()
 
     @torch.inference_mode()
     def capture(self) -> None:
         """Captures every size."""
-        self._likeliest.capture(self._sizes)
-        self._draw.capture(self._sizes)
+        for size in self._sizes:
+            self._run_likeliest(size)
+            self._run_draw(size)
+        self._likeliest.capture(self._sizes, self._run_likeliest)
+        self._draws.capture(self._sizes, self._run_draw)
+
+    def release(self) -> None:
+        """Forgets the graphs."""
+        self._likeliest.release()
+        self._draws.release()
 
     def likeliest(self, logits: torch.Tensor) -> LaunchedIds:
         """As `TokenChoice.likeliest`."""
-        return self._choose(self._likeliest, logits)
+        size = self._place(logits)
+        if not self._likeliest.replay(size):
+            self._run_likeliest(size)
+        return self._tell_host(len(logits))
 
     def draw(
         self, logits: torch.Tensor, columns: SamplingColumns, fill_masks: FillMasks
@@ -64,7 +75,23 @@ class GraphedChoice:
         self._controls.fill(columns)
         if len(columns.masked):
             self._controls.fill_masks(fill_masks())
-        return self._choose(self._draw, logits)
+        size = self._place(logits)
+        if not self._draws.replay(size):
+            self._run_draw(size)
+        return self._tell_host(len(logits))
+
+    def _place(self, logits: torch.Tensor) -> int:
+        """Makes logits stand where the graphs read them; gives the size that holds them."""
+        num_rows = len(logits)
+        if logits.data_ptr() != self._logits.data_ptr():
+            self._logits[:num_rows].copy_(logits)
+        size = size_for(num_rows, self._sizes)
+        assert size is not None, f"{num_rows} rows: {self._sizes[-1]} at most"
+        return size
+
+    def _tell_host(self, num_rows: int) -> LaunchedIds:
+        self._on_host.rotate()
+        return self._on_host[0].copy(self._results, num_rows)
 
     def _run_likeliest(self, size: int) -> None:
         best, ids = self._logits[:size].max(-1)  # NaN is above all
@@ -79,16 +106,6 @@ class GraphedChoice:
     def _tell(self, ids: torch.Tensor, statuses: torch.Tensor, size: int) -> None:
         self._results[0, :size].copy_(ids)
         self._results[1, :size].copy_(statuses)
-
-    def _choose(self, graphs: GraphsBySize, logits: torch.Tensor) -> LaunchedIds:
-        num_rows = len(logits)
-        if logits.data_ptr() != self._logits.data_ptr():
-            self._logits[:num_rows].copy_(logits)
-        size = size_for(num_rows, self._sizes)
-        assert size is not None, f"{num_rows} rows: {self._sizes[-1]} at most"
-        graphs.run(size)
-        self._on_host.rotate()
-        return self._on_host[0].copy(self._results, num_rows)
 
 
 class _HostResults:
@@ -129,6 +146,7 @@ class ControlBuffers:
         self._ints.on_device[1] = -1
         words = -(-vocab_size // _BITS_PER_WORD)
         self._masks = torch.zeros(max_num_seqs, words, dtype=torch.int32, device=device)
+        # One is enough, where columns need two: no step is launched ahead of masked rows.
         self._host_masks = torch.zeros(max_num_seqs, words, dtype=torch.int32, pin_memory=True)
 
     def fill(self, columns: SamplingColumns) -> None:

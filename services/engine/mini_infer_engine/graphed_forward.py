@@ -50,8 +50,9 @@ class GraphedForward:
         """
         self._model = model
         self._buffers = buffers
-        self._decode: GraphsBySize | None = None
-        self._layers = PiecewiseLayers(model, token_sizes)
+        self._token_sizes = token_sizes
+        self._decode = GraphsBySize()
+        self._layers = PiecewiseLayers(model)
         self.logits = torch.zeros(
             max_num_seqs, vocab_size, dtype=torch.float32, device=model.device
         )
@@ -60,9 +61,9 @@ class GraphedForward:
         """As `Forward.__call__`."""
         attention = inputs.attention
         assert isinstance(attention, PagedAttentionInputs)
-        if self._decode is not None and attention.num_decodes == len(inputs.token_ids):
-            self._decode.run(attention.num_decodes)
-            return self.logits[: attention.num_decodes]
+        num_rows = attention.num_decodes
+        if num_rows == len(inputs.token_ids) and self._decode.replay(num_rows):
+            return self.logits[:num_rows]
         hidden = self._layers.run(attention)
         return self._run(inputs) if hidden is None else self._logits(hidden, inputs)
 
@@ -71,22 +72,23 @@ class GraphedForward:
         """Captures every size of both kinds of steps.
 
         Args:
-            cache: The whole cache; the graphs hold its place. What the inputs name is written.
+            cache: The whole cache; the graphs hold its place.
         """
-        inputs = {
-            size: self._buffers.decode_inputs(size, cache) for size in row_sizes(len(self.logits))
-        }
+        inputs: dict[int, ModelInputs[PagedAttentionInputs]] = {}
+        for size in row_sizes(len(self.logits)):
+            inputs[size] = self._buffers.padding_rows(size, cache)
+            self._run(inputs[size])
+            torch.cuda.synchronize()  # the next size's inputs take the place of this one's
 
         def run(size: int) -> None:
             self._run(inputs[size])
 
-        self._decode = GraphsBySize(run)
-        self._decode.capture(list(inputs))
-        self._layers.capture(self._buffers, cache)
+        self._decode.capture(list(inputs), run)
+        self._layers.capture(self._buffers, cache, self._token_sizes)
 
     def release(self) -> None:
         """Gives the graphs' memory back; steps run operation by operation until `capture`."""
-        self._decode = None
+        self._decode.release()
         self._layers.release()
         torch.cuda.empty_cache()
 
@@ -96,5 +98,4 @@ class GraphedForward:
 
     def _logits(self, hidden: torch.Tensor, inputs: ModelInputs[AttentionInputs]) -> torch.Tensor:
         rows = sampled_rows(hidden, inputs)
-        fits = len(rows) <= len(self.logits)
-        return self._model.logits(rows, out=self.logits[: len(rows)] if fits else None)
+        return self._model.logits(rows, out=self.logits[: len(rows)])

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from mini_infer.chats import ChatMessage, ChatOptions, read_chat
 from mini_infer.config import EngineConfig
 from mini_infer.errors import FieldViolation, InvalidRequestError
@@ -186,9 +187,11 @@ class LLMEngine:
     def close(self) -> None:
         """Frees the model and its cache; the engine is not usable after. Once is enough."""
         if self._loaded is not None:
-            self._loaded.served.grammars.close()
+            self._loaded.close()
         self._loaded = None
         self._free()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
         self._chat_templates.close()
         self._grammar_checks.close()
 
@@ -242,13 +245,13 @@ class LLMEngine:
             while unsent and scheduler.has_room(unsent[0]):
                 scheduler.add(*unsent.popleft(), now=time.monotonic())
             step = pipeline.launch()
-            self._receive(updates, running)  # while the device is at the next step
+            self._receive(updates, running)  # while the device is at this step
             updates = pipeline.finish(step).updates
-            if step.batch.is_empty:
-                time.sleep(_STALLED_WAIT_S)
-            if pipeline.is_idle:
+            if not pipeline.is_under_way:
                 self._receive(updates, running)
                 updates = ()
+            if step.batch.is_empty:
+                time.sleep(_STALLED_WAIT_S)
 
     def _receive(
         self, updates: Iterable[SequenceUpdate], running: dict[StreamKey, Generation]

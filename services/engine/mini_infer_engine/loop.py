@@ -87,12 +87,13 @@ class EngineLoop:
             for command in self._inbox.drain(wait_s):
                 self._apply(command)
             step = self._pipeline.launch(self._beat)
-            self._publish()  # what the step before chose, while the device is at this one
+            self._publish()  # what the step before chose, if the device was at this one already
             self._unpublished = finished = self._pipeline.finish(step)
             self._timer.note(finished.batch.num_tokens, finished.seconds)
+            if not self._pipeline.is_under_way:
+                self._publish()
             wait_s = _STALLED_WAIT_S if finished.batch.is_empty else 0.0
             if self._pipeline.is_idle:
-                self._publish()
                 wait_s = ENGINE_BEAT_INTERVAL_S
                 if not finished.batch.is_empty:
                     self._announce(time.monotonic(), 0.0)  # that all is free again

@@ -160,6 +160,7 @@ def free_memory(
 def available_bytes(device: torch.device) -> int:
     """Memory that can be taken; on a CPU what the system can make free."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what an engine before this one has left
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):

@@ -94,6 +94,7 @@ class ModelRunner:
         self._merged = merged
         self._forward = forward
         self._buffers = buffers
+        self._device = cache.spec.device
         self.runs_ahead = runs_ahead
         self.cache = cache
         self.host_cache = host_cache or HostCache(cache.spec, 0)
@@ -115,9 +116,9 @@ class ModelRunner:
             batch: May have no rows; its blocks are moved all the same.
             fill_masks: Gives the masks of its masked rows, once the model is under way.
         """
-        if self.cache.spec.device.type == "cpu":
+        if self._device.type == "cpu":
             return partial(self._run_on_cpu, batch, fill_masks)
-        return self._launch(batch, fill_masks)
+        return partial(self._wait, self._launch(batch, fill_masks))
 
     @torch.inference_mode()
     def _run_on_cpu(self, batch: ScheduledBatch, fill_masks: FillMasks) -> StepTokens:
@@ -131,8 +132,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _launch(self, batch: ScheduledBatch, fill_masks: FillMasks) -> LaunchedTokens:
-        self._move_blocks(batch)
-        return self._compute(batch, self.cache, fill_masks)
+        with torch.cuda.device(self._device):  # kernels are launched on the current one
+            self._move_blocks(batch)
+            return self._compute(batch, self.cache, fill_masks)
+
+    @torch.inference_mode()
+    def _wait(self, launched: LaunchedTokens) -> StepTokens:
+        with torch.cuda.device(self._device):
+            return launched()
 
     def _compute(
         self, batch: ScheduledBatch, cache: KVCache, fill_masks: FillMasks

@@ -90,7 +90,8 @@ class PagedInputBuffers:
         self._staged = StagedInts(
             StagedInts.capacity_for([num_tokens, *_row_lengths(num_rows + 1), num_rows]), device
         )
-        self._staged_changes = StagedInts(StagedInts.capacity_for([3 * num_tokens]), device)
+        most_changes = max(num_tokens, limits.max_num_blocks)  # more of them are rare
+        self._staged_changes = StagedInts(StagedInts.capacity_for([3 * most_changes]), device)
         positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self._outputs = TokenInputs(
             token_ids=torch.zeros(num_tokens, dtype=torch.int32, device=device),
@@ -109,30 +110,42 @@ class PagedInputBuffers:
             return self._build_mixed(batch, cache)
         size = size_for(num_rows, self._row_sizes)
         assert size is not None, f"{num_rows} rows: {self._row_sizes[-1]} at most"
-        padding = size - num_rows
-        self._staged.stage(
-            [
-                _padded(batch.token_ids, padding, 0),
-                _padded(batch.slots, padding, 0),
-                _padded(batch.num_computed_tokens, padding, NO_ROW),
-                np.arange(size + 1),
-                _padded(batch.num_turned_together, padding, 0),
-            ]
+        columns = (
+            batch.token_ids,
+            batch.slots,
+            batch.num_computed_tokens,
+            batch.num_turned_together,
         )
-        return self.decode_inputs(size, cache)
+        return self._build_decode(columns, size, cache)
 
-    def decode_inputs(self, size: int, cache: KVCache) -> PagedInputs:
-        """The inputs of a step that decodes so many rows; always at the same place.
+    def padding_rows(self, size: int, cache: KVCache) -> PagedInputs:
+        """The inputs of a step that decodes nothing but padding: what steps of the size look like.
 
         Args:
-            size: One of `row_sizes`.
+            size: Number of rows, one of `row_sizes`.
             cache: The whole cache.
         """
+        nothing = np.zeros(0, np.int64)
+        return self._build_decode((nothing, nothing, nothing, nothing), size, cache)
+
+    def _build_decode(self, columns: Sequence[Ints], size: int, cache: KVCache) -> PagedInputs:
+        """Rows that decode, padded; always at the same place for a size."""
+        token_ids, slots, num_computed, num_turned = columns
+        padding = size - len(slots)
+        self._staged.stage(
+            [
+                _padded(token_ids, padding, 0),
+                _padded(slots, padding, 0),
+                _padded(num_computed, padding, NO_ROW),
+                np.arange(size + 1),
+                _padded(num_turned, padding, 0),
+            ]
+        )
         rows = StepRows(*self._staged.views([size, *_row_lengths(size)]))
         return self._inputs(rows, cache, num_seqs=size, num_decodes=size, max_row_tokens=1)
 
-    def padding_inputs(self, size: int, cache: KVCache) -> PagedInputs:
-        """The inputs of a step of nothing but padding, to capture what its tokens go through.
+    def padding_tokens(self, size: int, cache: KVCache) -> PagedInputs:
+        """The inputs of a step with prompts that is nothing but padding.
 
         Args:
             size: Number of tokens.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mini_infer_engine.cuda_graphs import GraphPool
+from mini_infer_engine.cuda_graphs import GraphPool, borrowed
 from mini_infer_engine.kv_cache import KVCache
 from mini_infer_engine.layers.attention import AttentionPattern
 from mini_infer_engine.layers.decoder import CausalLM
@@ -28,7 +28,8 @@ class _AttentionCall:
     """A layer's attention, at the same place in each step of a size.
 
     Attributes:
-        query: [T, num_q_heads, head_dim], of the piece before.
+        query: [T, num_q_heads, head_dim], where the piece before leaves it. It does not own that
+            memory, which the piece behind takes for something else.
         cache: The layer's.
         pattern: The layer's.
     """
@@ -56,15 +57,13 @@ class _CapturedLayers:
 class PiecewiseLayers:
     """Owns the pieces of every size."""
 
-    def __init__(self, model: CausalLM, sizes: Sequence[int]) -> None:
+    def __init__(self, model: CausalLM) -> None:
         """Captures nothing yet.
 
         Args:
             model: Loaded, on a CUDA device.
-            sizes: Numbers of tokens to capture.
         """
         self._model = model
-        self._sizes = sizes
         self._captured: dict[int, _CapturedLayers] = {}
 
     def run(self, inputs: PagedAttentionInputs) -> torch.Tensor | None:
@@ -83,12 +82,13 @@ class PiecewiseLayers:
         """Forgets the pieces."""
         self._captured.clear()
 
-    def capture(self, buffers: PagedInputBuffers, cache: KVCache) -> None:
-        """Captures every size; slot 0 of the cache is written.
+    def capture(self, buffers: PagedInputBuffers, cache: KVCache, sizes: Sequence[int]) -> None:
+        """Captures the layers of steps of some sizes.
 
         Args:
             buffers: Make the inputs of every step.
             cache: The whole cache; the graphs hold its place.
+            sizes: Numbers of tokens.
         """
         gc.collect()  # what a collection frees while a piece is captured would end the capture
         pool = torch.cuda.graph_pool_handle()
@@ -96,8 +96,8 @@ class PiecewiseLayers:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for size in reversed(self._sizes):  # the largest first, as in `GraphsBySize`
-                inputs = buffers.padding_inputs(size, cache)
+            for size in sorted(sizes, reverse=True):  # the largest first, as in `GraphsBySize`
+                inputs = buffers.padding_tokens(size, cache)
                 self._model(inputs.token_ids, inputs.cache, inputs.attention)
                 torch.cuda.synchronize()
                 recorder = _Recorder(inputs.attention, pool)
@@ -135,7 +135,7 @@ class _Recorder:
     ) -> torch.Tensor:
         """Ends a piece and begins the next one."""
         self._pieces[-1].capture_end()
-        self._calls.append(_AttentionCall(query, cache, pattern))
+        self._calls.append(_AttentionCall(borrowed(query), cache, pattern))
         self._begin()
         return self._attended
 

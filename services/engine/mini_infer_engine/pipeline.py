@@ -70,6 +70,11 @@ class StepPipeline:
         self._last_finished = 0.0
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether the device is at a step while none is waited for."""
+        return self._ahead is not None
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing is under way or to be done."""
         return self._ahead is None and self._scheduler.is_idle

@@ -37,9 +37,21 @@ class RunAhead:
     """Looks at the queues as a step under way will leave them."""
 
     def __init__(
-        self, blocks: BlockManager, waiting: WaitingQueue[Sequence], running: RunningBatch
+        self,
+        blocks: BlockManager,
+        waiting: WaitingQueue[Sequence],
+        running: RunningBatch,
+        num_spare_blocks: int,
     ) -> None:
-        """Takes the scheduler's own parts."""
+        """Takes the scheduler's own parts.
+
+        Args:
+            blocks: Of the cache.
+            waiting: Who may join.
+            running: Who takes part.
+            num_spare_blocks: Blocks that stay free when a sequence joins.
+        """
+        self._num_spare_blocks = num_spare_blocks
         self._blocks = blocks
         self._waiting = waiting
         self._running = running
@@ -78,10 +90,13 @@ class RunAhead:
 
     def _somebody_may_join(self) -> bool:
         """Whether a sequence that waits could get a place, or take one from a lower class."""
-        first = self._waiting.first()
+        first = next((each for each in self._waiting if each.is_ready), None)
         if first is None:
             return False
-        return self._running.num_free_slots > 0 or self._running.last.priority > first.priority
+        if self._running and self._running.last.priority > first.priority:
+            return True
+        needed = self._blocks.num_blocks_to_join(first) + self._num_spare_blocks
+        return self._running.num_free_slots > 0 and self._blocks.pool.num_free >= needed
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Gives a sequence a block for the token under way, where one is free."""

@@ -14,8 +14,8 @@ import numpy as np
 
 from mini_infer_engine.batch import NO_SCORES, Ints, ScheduledBatch, ScoredPrompts
 from mini_infer_engine.block_manager import BlockTransfers
-from mini_infer_engine.prompt_scores import score_prompts
 from mini_infer_engine.sampling_slots import SamplingSlots
+from mini_infer_engine.scores import score_prompts
 from mini_infer_engine.sequence import Sequence
 from mini_infer_engine.waiting_queue import scheduling_key
 

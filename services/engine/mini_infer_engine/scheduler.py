@@ -30,10 +30,10 @@ from mini_infer_engine.block_manager import BlockManager
 from mini_infer_engine.integrity import check_queues
 from mini_infer_engine.limits import SchedulerLimits, StepBudget
 from mini_infer_engine.preemption import Preemption
-from mini_infer_engine.prompt_scores import tell_prompt_scores
 from mini_infer_engine.row_problem import row_problem
 from mini_infer_engine.run_ahead import RunAhead
 from mini_infer_engine.running_batch import RunningBatch
+from mini_infer_engine.scores import tell_scores
 from mini_infer_engine.sequence import Sequence, SequenceStatus, StreamKey
 from mini_infer_engine.step_costs import StepCosts
 from mini_infer_engine.step_plan import LaunchedStep, StepPlan
@@ -71,12 +71,13 @@ class Scheduler:
             limits, costs, self._budget, blocks, self._waiting, self._running
         )
         self._preemption = Preemption(blocks, costs, self._running, self._waiting)
-        self._run_ahead = RunAhead(blocks, self._waiting, self._running)
         self._deadlines: Alarms[StreamKey] = Alarms()
         self._launched: dict[int, LaunchedStep] = {}
         self._updates = StepUpdates()  # of sequences that ended outside of a step
         self._num_arrivals = 0
-        self._num_watermark_blocks = math.ceil(limits.kv_watermark * blocks.pool.num_blocks)
+        self._num_spare = math.ceil(limits.kv_watermark * blocks.pool.num_blocks)
+        self._run_ahead = RunAhead(blocks, self._waiting, self._running, self._num_spare)
+        self._last_step = 0  # finished
         self._last_finished = -math.inf
         self.num_steps = 0
         self.tally = Tally()
@@ -169,7 +170,7 @@ class Scheduler:
         """
         self._expire(now)
         self._waiting.promote(now)
-        self._preemption.make_way(self._num_watermark_blocks, now)
+        self._preemption.make_way(self._num_spare, now)
         plan = self._continue_running(now)
         self._admit_waiting(plan, now)
         if plan.is_empty:
@@ -200,9 +201,14 @@ class Scheduler:
             return None
         self.num_steps += 1
         transfers = self.blocks.take_transfers()
-        plan = StepPlan(going_on.sequences)
+        plan = StepPlan.ahead(going_on.sequences)
         self._launched[self.num_steps] = plan.launch(transfers.num_swapped, now)
         return self._running.build_ahead(self.num_steps, *going_on, transfers)
+
+    def blocks_under_way(self) -> list[int]:
+        """The blocks that launched steps name, perhaps some of them twice."""
+        sequences = [each for step in self._launched.values() for each in step.sequences]
+        return [block for each in sequences for block in each.block_table]
 
     def masked_sequences(self, batch: ScheduledBatch) -> list[Sequence]:
         """Those of a launched step that choose from a set of ids, as `sampling.masked` has them."""
@@ -226,16 +232,14 @@ class Scheduler:
         if batch.is_empty:
             return updates
         step = self._launched.pop(batch.step)
+        self._last_step = batch.step
         self.tally.num_prefill_tokens += step.work.num_prefill_tokens
         # One that was scheduled ahead began when the one before it ended.
         self.costs.note(work=step.work, seconds=now - max(step.started, self._last_finished))
         self._last_finished = now
-        tell_prompt_scores(step, batch, tokens, updates)
+        tell_scores(step, batch, tokens, updates)
         sampled = batch.sampling.rows.tolist()
         chosen = dict(zip(sampled, tokens.token_ids.tolist(), strict=True))
-        for index, columns in tokens.logprobs.items():
-            if step.sequences[sampled[index]].status is not SequenceStatus.ENDED:
-                updates.logprobs[batch.keys[sampled[index]]] = columns
         for index in np.flatnonzero(tokens.statuses).tolist():
             sequence = step.sequences[sampled[index]]
             if sequence.status is not SequenceStatus.ENDED:
@@ -257,8 +261,6 @@ class Scheduler:
         launched = [each for step in self._launched.values() for each in step.sequences]
         everyone = self._sequences.values()
         check_queues(everyone, launched, self._running, self._waiting, self.blocks)
-
-    # --- how add decides ------------------------------------------------------------------------
 
     def _check(self, group: Seq[Sequence], now: float) -> None:
         """Numbers new sequences, and raises where they cannot queue."""
@@ -313,7 +315,7 @@ class Scheduler:
                 continue
             # Room for all of it, not just for this step's part: a sequence that joined without
             # would soon have to leave again.
-            if not self.blocks.join(sequence, self._num_watermark_blocks if self._running else 0):
+            if not self.blocks.join(sequence, self._num_spare if self._running else 0):
                 return
             self._waiting.remove(sequence)
             sequence.status = SequenceStatus.RUNNING
@@ -366,7 +368,7 @@ class Scheduler:
         """Ends a sequence with the output that was not told yet."""
         start, token_ids = sequence.take_untold()
         stop_token_id = token_ids[-1] if code is FinishCode.STOP_TOKEN else NO_STOP_TOKEN
-        end = SequenceEnd(code, stop_token_id, sequence.accounting(now, self.num_steps))
+        end = SequenceEnd(code, stop_token_id, sequence.accounting(now, self._last_step))
         updates.add(sequence.key, start, token_ids, end)
         self._end(sequence, now)
 

@@ -62,10 +62,8 @@ class ScriptedRunner:
     """Makes `scripted_token`s, a fixed number a row, each step taking the same time.
 
     Attributes:
-        runs_ahead: Never: a step takes its time while it is waited for.
+        runs_ahead: Where a row gets one token a step, since no token depends on another.
     """
-
-    runs_ahead = False
 
     def __init__(self, ordinary_ids: list[int], step_s: float, tokens_per_row: int) -> None:
         """Makes a runner.
@@ -78,6 +76,7 @@ class ScriptedRunner:
         self._ordinary_ids = ordinary_ids
         self._step_s = step_s
         self._tokens_per_row = tokens_per_row
+        self.runs_ahead = tokens_per_row == 1
 
     def launch(
         self, batch: ScheduledBatch, fill_masks: FillMasks = fill_no_masks

@@ -27,6 +27,13 @@ class StepPlan:
         num_context_tokens = sum([each.num_computed_tokens for each in self.decodes])
         self.work = StepWork(len(self.decodes), num_context_tokens)
 
+    @classmethod
+    def ahead(cls, sequences: list[Sequence]) -> StepPlan:
+        """Who decodes in a step behind one that computes all tokens that are known of them."""
+        plan = cls(sequences)
+        plan.work = StepWork(len(sequences), sum([each.num_tokens for each in sequences]))
+        return plan
+
     @property
     def is_empty(self) -> bool:
         """Whether nobody takes part."""

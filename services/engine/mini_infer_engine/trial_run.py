@@ -109,18 +109,18 @@ def largest_batch(prompt_lens: Sequence[int], block_size: int) -> ScheduledBatch
     return trial_batch(prompt_lens, block_size, _ALL_ON)
 
 
-def warm_up(runner: ModelRunner, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+def warm_up(runner: ModelRunner, max_num_seqs: int, longest: int) -> None:
     """Runs small steps that ask for everything, so that their kernels are compiled.
 
     Args:
         runner: Its caches hold nothing yet.
         max_num_seqs: Sequences in a step at most.
-        max_num_batched_tokens: Tokens in a step at most.
+        longest: Tokens that a prompt, and a step, can have at most.
     """
     block_size, num_blocks = runner.cache.spec.block_size, runner.cache.num_blocks
     for prompt_lens in _WARM_UP_PROMPTS:
         num_tokens = sum(prompt_lens)
-        is_allowed = len(prompt_lens) <= max_num_seqs and num_tokens <= max_num_batched_tokens
+        is_allowed = len(prompt_lens) <= max_num_seqs and num_tokens <= longest
         if is_allowed and num_trial_blocks(prompt_lens, block_size) <= num_blocks:
             for sampling in (_DRAWN, _ALL_ON, _WITH_PROMPT_LOGPROBS):
                 runner.run(trial_batch(prompt_lens, block_size, sampling))

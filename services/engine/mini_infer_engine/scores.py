@@ -1,4 +1,4 @@
-"""Tokens of prompts that are scored: told with their log-probabilities."""
+"""Log-probabilities: which tokens of prompts get some, and what a step has found, told."""
 
 from __future__ import annotations
 
@@ -51,13 +51,17 @@ def score_prompts(prefills: Seq[tuple[Sequence, int]], num_decodes: int) -> Scor
     )
 
 
-def tell_prompt_scores(
+def tell_scores(
     step: LaunchedStep, batch: ScheduledBatch, tokens: StepTokens, updates: StepUpdates
 ) -> None:
-    """Takes in what a step has scored of the prompts of sequences that have not ended."""
+    """Takes in the log-probabilities that a step has found, of sequences that have not ended."""
     for index, columns in tokens.prompt_logprobs.items():
         sequence = step.sequences[batch.scored.rows[index]]
         if sequence.status is not SequenceStatus.ENDED:
             start = int(batch.scored.starts[index])
             sequence.num_scored_tokens = start + columns.num_tokens
             updates.prompt_logprobs.append((sequence.key, start, columns))
+    for index, columns in tokens.logprobs.items():
+        sequence = step.sequences[batch.sampling.rows[index]]
+        if sequence.status is not SequenceStatus.ENDED:
+            updates.logprobs[sequence.key] = columns
