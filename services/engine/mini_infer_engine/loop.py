@@ -7,7 +7,6 @@ import time
 from mini_infer.errors import MiniInferError
 from mini_infer.messages import ENGINE_BEAT_INTERVAL_S, NO_BUDGET, EngineBeat
 
-from mini_infer_engine.batch import ScheduledBatch
 from mini_infer_engine.inbox import AbortStreams, AddStream, Command, Inbox, KeepOnly, SocketFailed
 from mini_infer_engine.outbox import Outbox
 from mini_infer_engine.pipeline import FinishedBatch, Runner, StepPipeline
@@ -149,13 +148,16 @@ class EngineLoop:
             for key in keys:
                 self._outbox.accept(key)
 
-    def _beat(self, batch: ScheduledBatch) -> None:
+    def _beat(self, num_tokens: int) -> None:
         """Tells the gateways that the loop turns, and how long they must wait for the next sign.
 
         A step's output is a sign of life as well, so beats are rare unless the step is long.
+
+        Args:
+            num_tokens: Of the steps that will be under way.
         """
         now = time.monotonic()
-        expected_ms = self._timer.expected_ms(batch.num_tokens)
+        expected_ms = self._timer.expected_ms(num_tokens)
         due = now - self._last_beat >= ENGINE_BEAT_INTERVAL_S
         if not due and expected_ms < ENGINE_BEAT_INTERVAL_S * 1e3:
             return

@@ -79,23 +79,23 @@ class StepPipeline:
         """Whether nothing is under way or to be done."""
         return self._ahead is None and self._scheduler.is_idle
 
-    def launch(self, before: Callable[[ScheduledBatch], None] | None = None) -> LaunchedBatch:
+    def launch(self, before: Callable[[int], None] | None = None) -> LaunchedBatch:
         """Launches the next step, and the one behind it where that does not need its tokens.
 
         Args:
-            before: Called with each batch before it is launched.
+            before: Called before each launch with the number of tokens that will be under way.
 
         Returns:
             The step to `finish` next; empty where there is nothing to do.
         """
         step = self._ahead
         if step is None:
-            step = self._launch(self._scheduler.schedule(time.monotonic()), before)
+            step = self._launch(self._scheduler.schedule(time.monotonic()), 0, before)
         self._ahead = None
         if self._runner.runs_ahead:
             batch = self._scheduler.schedule_ahead(step.batch, time.monotonic())
             if batch is not None:
-                self._ahead = self._launch(batch, before)
+                self._ahead = self._launch(batch, step.batch.num_tokens, before)
         return step
 
     def finish(self, step: LaunchedBatch) -> FinishedBatch:
@@ -108,10 +108,10 @@ class StepPipeline:
         return FinishedBatch(step.batch, updates, seconds)
 
     def _launch(
-        self, batch: ScheduledBatch, before: Callable[[ScheduledBatch], None] | None
+        self, batch: ScheduledBatch, num_under_way: int, before: Callable[[int], None] | None
     ) -> LaunchedBatch:
         if before is not None:
-            before(batch)
+            before(num_under_way + batch.num_tokens)
         started = time.monotonic()
         masked = self._scheduler.masked_sequences(batch)
         tokens = self._runner.launch(batch, partial(self._fill_masks, masked))
