@@ -48,7 +48,7 @@ class InputBuffers:
         self._dtype = dtype
         self._windows = windows
         self._needs_rotation_lens = needs_rotation_lens
-        # The kernels of a GPU read each row's own blocks, however many the others have.
+        # What one more group saves and costs was measured on a CPU.
         self._max_groups = MAX_DECODE_GROUPS if device.type == "cpu" else 1
 
     def build(self, batch: ScheduledBatch, cache: KVCache) -> GroupedInputs:

@@ -296,7 +296,7 @@ class Scheduler:
                 decodes.append(sequence)
             else:
                 unfinished.append(sequence)
-        plan = StepPlan(decodes)
+        plan = StepPlan.of(decodes)
         for sequence in unfinished:
             if sequence.status is SequenceStatus.RUNNING:
                 most = self._budget.prefill_tokens(plan.work, sequence.num_computed_tokens)

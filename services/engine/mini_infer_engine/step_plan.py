@@ -14,25 +14,25 @@ class StepPlan:
 
     Attributes:
         decodes: Sequences of which one token is left to compute.
+        work: What all that take part come to.
         prefills: The other ones, each with how many of its tokens.
-        work: What all of them come to.
     """
 
     decodes: list[Sequence]
+    work: StepWork
     prefills: list[tuple[Sequence, int]] = field(default_factory=list)
-    work: StepWork = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Adds up the work of those that decode."""
-        num_context_tokens = sum([each.num_computed_tokens for each in self.decodes])
-        self.work = StepWork(len(self.decodes), num_context_tokens)
+    @classmethod
+    def of(cls, decodes: list[Sequence]) -> StepPlan:
+        """A step that others may join."""
+        num_context_tokens = sum([each.num_computed_tokens for each in decodes])
+        return cls(decodes, StepWork(len(decodes), num_context_tokens))
 
     @classmethod
     def ahead(cls, sequences: list[Sequence]) -> StepPlan:
         """Who decodes in a step behind one that computes all tokens that are known of them."""
-        plan = cls(sequences)
-        plan.work = StepWork(len(sequences), sum([each.num_tokens for each in sequences]))
-        return plan
+        num_context_tokens = sum([each.num_tokens for each in sequences])
+        return cls(sequences, StepWork(len(sequences), num_context_tokens))
 
     @property
     def is_empty(self) -> bool:
